@@ -1,0 +1,366 @@
+"""Read maths problems, their gold answers and their worked solutions (traces) from files.
+
+    python data.py train.jsonl                      # the summary line and the first problem
+    python data.py rows.parquet --prompt-key question --gold-key meta.answer --trace-key solutions
+
+A source is a .jsonl, .json (an array, or one object per line) or .parquet file, or a dataset on the
+Hugging Face hub: org/name, org/name:split or org/name:config:split.  Fields are found by name, row by
+row; the first that is present and not null counts, and the summary says which were read:
+  prompt  prompt (text, or a chat list with at most one system and one user message), problem, question
+  gold    gold, reward_model.ground_truth, ground_truth_answer, final_answer, gt, answer, solution
+  traces  traces (beside gold), target (beside reward_model), code or response (beside gt), and GSM8K's
+          answer; a human `solution` is a trace only on request (--trace-key solution)
+A text that ends in GSM8K's `#### x` has the gold x, and as a trace loses its <<calculator notes>> and
+closes with \\boxed{x}, the form that a checker of boxes rewards.  Otherwise the last complete \\boxed{}
+of a gold text is the gold.  Several answers are joined by commas, units left out, 27.0 reads 27.
+Rows without an answer are skipped, counted and named, and so are traces that the caller's check
+refuses; a malformed row is an error.  Equal prompts stay separate rows and are counted.
+"""
+import argparse
+import json
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str                    # the user's text
+    gold: str                      # the answer as the dataset writes it
+    traces: tuple[str, ...] = ()   # worked solutions for offline learning
+    system: str = ""               # system message, when the row brings one
+    level: str = ""                # difficulty or subject label, when the row has one
+    where: str = ""                # file:line (parquet, hub, arrays: file:row), counted from 1
+
+
+class DataError(ValueError):
+    """A source that cannot be read, in one line: where, what was found, what is allowed, what to do."""
+
+
+PROMPT_FIELDS = ("prompt", "problem", "question")
+# Gold field -> fields that may hold its traces. The order decides for a row that has several: the
+# specific names come first, because `answer` and `solution` also stand beside them, as working.
+GOLD_FIELDS = {"gold": ("traces",), "reward_model.ground_truth": ("target",), "ground_truth_answer": (),
+               "final_answer": (), "gt": ("code", "response"), "answer": ("answer",), "solution": ()}
+LEVEL_FIELDS = ("level", "difficulty", "subfield", "subject", "type", "data_source")
+MAX_ROW = 64 << 20      # bytes of a line: a file without line ends must not fill the memory
+MAX_ARRAY = 1 << 30     # bytes of a .json array, which unlike lines is parsed whole
+MAX_TEXT = 1_000_000    # characters of a prompt, gold or trace: far above any context length
+UNSAFE = re.compile(r"[\x00\ud800-\udfff]")  # tokenizers and UTF-8 writers fail on these, hours later
+BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # two \: doubly escaped datasets
+HUB_ID = re.compile(r"(?!.*\.(?:jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|xz|zst)$)"  # a missing file is not an id
+                    r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+){0,2}")
+
+
+def fault(where: str, field: str, found: str, allowed: str, remedy: str = "repair the row") -> DataError:
+    return DataError(f"{where}: field {field}: found {found}, allowed {allowed}; {remedy}")
+
+
+def kind(value) -> str:
+    """What a value is, for a message: short, ASCII and on one line whatever the row holds."""
+    plain = value is None or isinstance(value, (str, int, float))
+    return json.dumps(value)[:40] if plain else f"a {type(value).__name__}"
+
+
+def listed(row: dict) -> str:
+    return ", ".join(json.dumps(name[:60]) for name in list(row)[:20]) or "none"
+
+
+def lookup(row: dict, path: str, where: str):
+    """The value at a dotted path. None when absent: parquet writes null for what a row lacks."""
+    head, dot, rest = path.partition(".")
+    if path in row or not dot or row.get(head) is None:
+        return row.get(path)
+    if not isinstance(row[head], dict):
+        raise fault(where, head, kind(row[head]), f"an object that holds {rest}")
+    return lookup(row[head], rest, where)
+
+
+def first_present(row: dict, paths, where: str):
+    """(path, value) of the first path that leads to a value, else (None, None)."""
+    values = ((path, lookup(row, path, where)) for path in paths)
+    return next((pair for pair in values if pair[1] is not None), (None, None))
+
+
+def text_of(value, field: str, where: str, numbers: bool = False) -> str:
+    """Checked text. Numbers, where allowed, are written out (27.0 -> 27, 1e-5 -> 0.00001), because a
+    gold is compared with what a model writes; NaN and true are not numbers here."""
+    number = numbers and isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and abs(value) < math.inf:
+        return format(Decimal(repr(value + 0)), "f").removesuffix(".0")  # + 0 turns -0.0 into 0.0
+    if not isinstance(value, str):
+        raise fault(where, field, kind(value), "text, a finite number or a list of them" if numbers else "text",
+                    "repair the row, or name another field with --prompt-key, --gold-key or --trace-key")
+    if len(value) > MAX_TEXT:
+        raise fault(where, field, f"{len(value)} characters", f"at most {MAX_TEXT}", "shorten or remove the row")
+    if bad := UNSAFE.search(value):
+        raise fault(where, field, f"the character U+{ord(bad[0]):04X} at position {bad.start() + 1}",
+                    "text without NUL and lone surrogates", "remove that character")
+    return value
+
+
+def last_box(text: str) -> str | None:
+    """Content of the \\boxed{} or \\fbox{} that closes last. One pass with a stack: looking for the end
+    of each of a hundred thousand unclosed boxes would take hours."""
+    starts, content = [], None
+    for token in BOX.finditer(text):
+        if token[0] == "{" or len(token[0]) > 2:
+            starts.append(token.end() if len(token[0]) > 1 else None)
+        elif token[0] == "}" and starts:
+            start = starts.pop()
+            content = content if start is None else text[start:token.start()]
+    return content if content is None else content.strip()
+
+
+def gsm8k(text: str) -> tuple[str, str]:
+    """(answer, trace that boxes it) of a text whose last line is `#### answer`, else ("", text). Only
+    the last line counts: language models write #### for headings too."""
+    working, _, last = text.rstrip().rpartition("\n")
+    answer = last[4:].strip() if last.startswith("####") else ""
+    if not answer:
+        return "", text
+    working = re.sub(r"<<[^<>]*>>", "", working).strip()
+    return answer, f"{working}\nThe answer is \\boxed{{{answer}}}.".lstrip()
+
+
+def read_gold(value, field: str, where: str, chosen: bool) -> str:
+    """The gold answer, "" when there is none. A field that the user chose is taken as it stands when
+    nothing in it is marked; else a `solution`, or an `answer` of several lines, has no result."""
+    entries = [text_of(entry, f"{field}[{n}]", where, numbers=True).strip()
+               for n, entry in enumerate(value)] if isinstance(value, list) else []
+    if any(entries) and not all(entries):
+        raise fault(where, f"{field}[{entries.index('')}]", "an empty answer among others", "text")
+    gold = ", ".join(entries) if any(entries) else ""
+    if not isinstance(value, list):
+        text = text_of(value, field, where, numbers=True).strip()
+        working = not chosen and (field == "solution" or field == "answer" and "\n" in text)
+        boxed = last_box(text)
+        gold = gsm8k(text)[0] or (boxed if boxed is not None else "" if working else text)
+    return gold
+
+
+def read_chat(messages: list, field: str, where: str, order: str) -> dict[str, str]:
+    """Role -> text of a chat list. A second user turn or a prefilled answer is refused by the order, a
+    pattern of initials, because a Problem could only hold such a talk cut short."""
+    said, initials = {"system": "", "user": "", "assistant": ""}, ""
+    for n, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in said:
+            found = kind(message) if role is None else f"the role {kind(role)}"
+            raise fault(where, f"{field}[{n}]", found, "a message whose role is system, user or assistant")
+        said[role] = text_of(message.get("content"), f"{field}[{n}].content", where)
+        initials += role[0]
+    if not re.fullmatch(order, initials):
+        raise fault(where, field, f"messages in the order {initials[:20] or 'of none'}",
+                    f"{order} (s system, u user, a assistant, ? optional)", "split or complete the conversation")
+    return said
+
+
+def read_traces(value, field: str, where: str) -> tuple[str, ...]:
+    """Traces from one text, a list of texts, or a chat list that ends with the assistant's."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = read_chat(value, field, where, "s?u?a")["assistant"]
+    if not isinstance(value, (str, list)):
+        raise fault(where, field, kind(value), "text, a list of texts or a chat list")
+    texts = [value] if isinstance(value, str) else value
+    return tuple(gsm8k(text_of(text, f"{field}[{n}]", where))[1] for n, text in enumerate(texts))
+
+
+def read_level(row: dict) -> str:
+    """A label for the metrics. It is decoration: what does not look like one is no reason to stop."""
+    labels = (str(row[field]).strip() for field in LEVEL_FIELDS
+              if isinstance(row.get(field), (str, int, float)) and not isinstance(row[field], bool))
+    return next((label for label in labels if label and len(label) <= 100 and label.isprintable()), "")
+
+
+def read_row(row, where: str, prompt_key, gold_key, trace_key) -> tuple[Problem, tuple]:
+    """(problem, names of the prompt, gold and trace fields); gold is "" when the row has no answer."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {kind(row)}, allowed a JSON object; write one object per row")
+    prompt_field, prompt = first_present(row, (prompt_key,) if prompt_key else PROMPT_FIELDS, where)
+    if prompt is None:
+        raise fault(where, prompt_key or "prompt", f"nothing (fields: {listed(row)})", prompt_key or
+                    " or ".join(PROMPT_FIELDS), "name the fields with --prompt-key, --gold-key and --trace-key")
+    gold_field, gold = first_present(row, (gold_key,) if gold_key else GOLD_FIELDS, where)
+    paths = (trace_key,) if trace_key else GOLD_FIELDS.get(gold_field, ())
+    trace_field, traces = first_present(row, paths, where)
+    said = read_chat(prompt, prompt_field, where, "s?u") if isinstance(prompt, list) else {}
+    system = said.get("system", "")
+    prompt = said["user"] if said else text_of(prompt, prompt_field, where)
+    if not prompt.strip():
+        raise fault(where, prompt_field, "a blank", "a question", "repair or remove the row")
+    gold = "" if gold is None else read_gold(gold, gold_field, where, bool(gold_key))
+    if not trace_key and trace_field == "answer" and not (isinstance(traces, str) and gsm8k(traces)[0]):
+        trace_field = None  # a plain answer is no solution
+    traces = read_traces(traces, trace_field, where) if trace_field else ()
+    if gold_field == "final_answer" and row.get("context"):  # OlympiadBench: what several questions share
+        prompt = text_of(row["context"], "context", where) + "\n\n" + prompt
+    if gold_field == "gold" and not system and row.get("system") is not None:
+        system = text_of(row["system"], "system", where)
+    problem = Problem(prompt, gold, traces, system, read_level(row), where)
+    return problem, (prompt_field, gold_field, trace_field)
+
+
+def unique_keys(pairs: list) -> dict:
+    """json keeps the last of two equal keys, so a wrong answer could silently replace the right one."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {json.dumps(twice[:40])} appears twice")
+    return row
+
+
+def parse(raw: bytes, source: str, line: int):
+    """JSON value of bytes that start at a line of the source; a failure names line and column."""
+    column = 0
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        column, reason = error.start - raw.rfind(b"\n", 0, error.start), "byte not UTF-8"
+    except json.JSONDecodeError as error:
+        line, column, reason = line + error.lineno - 1, error.colno, error.msg
+    except (RecursionError, ValueError) as error:  # ValueError: equal keys, or a number of 5,000 digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    raise DataError(f"{source}:{line}: not valid JSON{f' at column {column}' if column else ''} ({reason}), "
+                    "allowed one object per line, in .json also an array of objects; repair the file")
+
+
+def json_rows(source: str):
+    """(where, row) for lines of JSON with one line in memory at a time, or for the array in a .json."""
+    with open(source, "rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
+            if number == 1 and raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+                raise DataError(f"{source}:1: found a byte order mark, allowed plain UTF-8; save the file without it")
+            if number == 1 and source.lower().endswith(".json") and raw.lstrip().startswith(b"["):
+                raw += file.read(MAX_ARRAY)
+                if file.read(1):
+                    raise DataError(f"{source}: found an array above {MAX_ARRAY} bytes; write one object per line")
+                yield from ((f"{source}:{n}", row) for n, row in enumerate(parse(raw, source, 1), 1))
+            elif len(raw) > MAX_ROW:
+                raise DataError(f"{source}:{number}: found a line above {MAX_ROW} bytes; write one object per line")
+            elif raw.strip():
+                yield f"{source}:{number}", parse(raw.rstrip(b"\r\n"), source, number)
+
+
+def table_rows(source: str):
+    """(where, row) of a parquet file, a batch in memory at a time, or of a dataset on the hub."""
+    if source.lower().endswith(".parquet"):
+        # pyarrow, which datasets reads with: datasets itself would leave lock files in the home folder,
+        # take [ ] in a path for a pattern, and need fourteen times as long.
+        from pyarrow import parquet
+        batches = parquet.ParquetFile(source).iter_batches(batch_size=256)
+        table = (row for batch in batches for row in batch.to_pylist())
+    else:
+        import datasets
+        if int(datasets.__version__.split(".")[0]) < 4:
+            raise ImportError("older versions run code that a hub repository brings")
+        name, *config, split = source.split(":") if ":" in source else (source, "train")
+        try:
+            table = datasets.load_dataset(name, *config, split=split)
+        except datasets.exceptions.DatasetsError as error:
+            raise OSError(str(error)) from None
+    yield from ((f"{source}:{n}", row) for n, row in enumerate(table, 1))
+
+
+def rows(source: str):
+    """(where, row) of any source; whatever goes wrong below this line becomes a DataError."""
+    suffix = os.path.splitext(source)[1].lower()
+    hub = HUB_ID.fullmatch(source) and not os.path.exists(source)
+    found = ("no such file" if not os.path.exists(source) else "a folder" if os.path.isdir(source) else
+             "something not a plain file" if not os.path.isfile(source) else
+             f"the file type {suffix or '(none)'}" if suffix not in (".jsonl", ".json", ".parquet") else
+             "an empty file" if not os.path.getsize(source) else "")
+    if found and not hub:
+        raise DataError(f"{source}: found {found}, allowed a .jsonl, .json or .parquet file with rows, or a "
+                        "hub id (org/name:split); check the path")
+    try:
+        yield from (table_rows if hub or suffix == ".parquet" else json_rows)(source)
+    except ImportError as error:
+        raise DataError(f"{source}: needs the datasets package ({error}); pip install 'datasets>=4', or "
+                        "convert the data to JSONL") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check that it is "
+                        "complete and readable") from None
+
+
+def normal(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=None, check_trace=None,
+         check_gold=None, log=print) -> list[Problem]:
+    """Problems of a source, the first `limit` of them, and one summary line to log.
+    check_trace(trace, gold) -> bool drops wrong traces; check_gold(gold) -> str | None says why a gold
+    cannot be understood, which is reported; the problem is kept, for it can still match as text."""
+    if limit is not None and limit < 1:
+        raise DataError(f"{source}: limit: found {limit}, allowed 1 or more; leave it out to read all rows")
+    source, problems, prompts = str(source), [], set()
+    notes, names = defaultdict(list), Counter()
+    for where, row in rows(source):
+        problem, found = read_row(row, where, prompt_key, gold_key, trace_key)
+        names[" / ".join(filter(None, found))] += 1
+        notes["traced"] += [where] if found[2] else []
+        if not problem.gold:
+            notes["rows without an answer skipped"].append(where)
+            continue
+        right = tuple(t for t in problem.traces if t.strip() and (not check_trace or check_trace(t, problem.gold)))
+        notes["dropped"] += [where] * (len(problem.traces) - len(right))
+        if check_gold and (reason := check_gold(problem.gold)):
+            notes["golds not understood, kept as text"].append(f"{where}: {reason}")
+        key = hash(normal(problem.prompt))  # hashes: the prompts themselves would be in memory twice
+        if key in prompts:
+            notes["repeated prompts kept"].append(where)
+        prompts.add(key)
+        problems.append(replace(problem, traces=right))
+        if len(problems) == limit:
+            break
+    if not names:
+        raise DataError(f"{source}: found no rows, allowed one object per row; check the file")
+    if not problems:
+        raise fault(source, gold_key or "gold", f"no answer in any of {names.total()} rows (fields: {listed(row)})",
+                    gold_key or " or ".join(GOLD_FIELDS), "name the field with --gold-key")
+    if trace_key and not notes["traced"]:
+        raise fault(source, trace_key, f"it in no row (fields: {listed(row)})", "a field of the rows", "check --trace-key")
+    log(summary(source, problems, notes, names, bool(check_trace)))
+    return problems
+
+
+def summary(source: str, problems: list[Problem], notes: dict, names: Counter, checked: bool) -> str:
+    traces, wrong = sum(len(problem.traces) for problem in problems), notes.pop("dropped")
+    notes.pop("traced")
+    text = f"{source}: {len(problems)} problems, {traces} traces"
+    about = ["not verified"] if not checked and traces else []
+    about += [f"{len(wrong)} {'wrong' if checked else 'empty'} dropped, first {wrong[0]}"] if wrong else []
+    text += f" ({', '.join(about)})" if about else ""
+    text += "".join(f", {len(wheres)} {what} (first {wheres[0]})" for what, wheres in notes.items() if wheres)
+    return f"{text}; read {', '.join(name for name, _ in names.most_common(3))}"
+
+
+def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """(kept, dropped) of test: a problem whose prompt is in train, but for case and blanks, measures memory."""
+    known = {normal(problem.prompt) for problem in train}
+    kept = [problem for problem in test if normal(problem.prompt) not in known]
+    return kept, [problem for problem in test if normal(problem.prompt) in known]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print what a training or evaluation file holds.")
+    parser.add_argument("source", help=".jsonl, .json or .parquet file, or hub id org/name[:config][:split]")
+    for key in ("prompt", "gold", "trace"):
+        parser.add_argument(f"--{key}-key", help=f"field of the {key}, dots lead inwards: reward_model.ground_truth")
+    parser.add_argument("--limit", type=int, help="stop after this many problems")
+    options = vars(parser.parse_args(argv))
+    try:
+        print(json.dumps(asdict(load(**options)[0]), indent=1))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
