@@ -10,22 +10,23 @@ Differences from GRPO:
 5. A phase ends early when the effective sample size falls, Eq. (5)                                       [ours]
 6. Log-probs come from hidden states in slices of the vocabulary; the [tokens, vocabulary] logits never exist.  [ours]
 
-    python rapid.py                            # self-demonstration on a CPU: memory, time, exactness, bias tables
-    python rapid.py --bench-head ours --tokens 8192 --width 1536 --vocab 151936 --dtype bfloat16
+    python rapid.py                                          # self-demonstration on a CPU: memory, time, exactness, bias tables
+    python rapid.py --head 8192 1536 151936 256 --repeats 1  # the head of Qwen2.5-1.5B: 15 GiB and 10 minutes
 
 The file needs torch only and can be copied alone: `update` is one optimizer step, `accumulate` its gradient.
 """
 
 import argparse
 import math
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # Dims: N responses, T response tokens (padded), M packed response tokens, G responses per group, L tokens of a padded
 # sequence (prompt and response), D width, V vocabulary, v one slice of it.
@@ -46,67 +47,69 @@ class Rollout:
 class _HeadLogps(torch.autograd.Function):
     """log pi(target) and entropy, one slice of the vocabulary at a time, with a hand-written backward.
 
-    Slices of the vocabulary, not of the tokens: a row of the weight's gradient is then one matmul over all tokens,
-    accumulated in float32 inside it and written once, and a float32 master weight is cast slice by slice.
+    Slices of the vocabulary rather than of the tokens: a row of the weight's gradient is then one matmul over all
+    tokens, written once instead of added up in the weight's dtype, and a float32 master is cast slice by slice.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)        # [M] sum of exp(z - top)
-        top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() * z
-        for lo, rows in _slices(weight, hidden, chunk):
-            z = (hidden @ rows.T).to(acc)                                            # [M, v]
-            z = z.div_(temperature) if temperature != 1 else z                       # [M, v]
-            inside, column = _columns(targets, lo, z)                                # [M], [M, 1]
-            chosen = torch.where(inside, z.gather(1, column)[:, 0], chosen)          # [M]
+        ctx.temperature, ctx.chunk = temperature, chunk
+        float32 = torch.promote_types(hidden.dtype, torch.float32)                   # or float64
+        total = torch.zeros(len(hidden), dtype=float32, device=hidden.device)        # [M] sum of exp(z - top)
+        top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
+        for _, _, z, inside, column in _slices(hidden, weight, targets, temperature, chunk):
+            chosen = torch.where(inside, z.gather(1, column), chosen[:, None])[:, 0]  # [M]
             higher = torch.maximum(top, z.amax(1))                                   # [M]
-            shrink = (top - higher).exp()                                            # [M] what was summed so far
+            shrink = (top - higher).exp()                                            # [M] of what is summed so far
             e = (z - higher[:, None]).exp_()                                         # [M, v]
             total = total * shrink + e.sum(1)                                        # [M]
             mean = mean * shrink + torch.linalg.vecdot(e, z)                         # [M]
-            top = higher
-        lse = top + total.log()                                                      # [M]
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        entropy = lse - mean / total                                                 # [M] H = log Z - E[z]
+            top = higher                                                             # [M]
+            del z, e  # before the next slice is allocated
+        log_z = top + total.log()                                                    # [M]
+        entropy = log_z - mean / total                                               # [M] H = log Z - E[z]
+        ctx.save_for_backward(hidden, weight, targets, log_z)
         ctx.mark_non_differentiable(entropy)
-        return chosen - lse, entropy
+        return chosen - log_z, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, lse = ctx.saved_tensors
+        hidden, weight, targets, log_z = ctx.saved_tensors
         scale = (grad / ctx.temperature)[:, None]                                    # [M, 1]
-        grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype) if ctx.needs_input_grad[0] else None  # [M, D]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
-        for lo, rows in _slices(weight, hidden, ctx.chunk):
-            z = (hidden @ rows.T).to(lse.dtype)                                      # [M, v]
-            z = z.div_(ctx.temperature) if ctx.temperature != 1 else z               # [M, v]
-            z = z.sub_(lse[:, None]).exp_().mul_(-scale)                             # [M, v] -p g / temperature
-            inside, column = _columns(targets, lo, z)                                # [M], [M, 1]
-            z.scatter_add_(1, column, torch.where(inside[:, None], scale, 0.0))      # d logp / d z = onehot - p
-            z = z.to(hidden.dtype)                                                   # [M, v]
+        for lo, rows, z, inside, column in _slices(hidden, weight, targets, ctx.temperature, ctx.chunk):
+            # d logp / d z = onehot(target) - p
+            z = z.sub_(log_z[:, None]).exp_().mul_(-scale)                           # [M, v]
+            z = z.scatter_add_(1, column, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [M, v]
             if grad_weight is not None:
-                grad_weight[lo:lo + len(rows)] = z.T @ hidden                        # [v, D]
+                grad_weight[lo:lo + len(rows)] = _matmul(z.T, hidden, weight.dtype)  # [v, D]
             if grad_hidden is not None:
-                grad_hidden += z @ rows                                              # [M, D]
+                grad_hidden += _matmul(z, rows, log_z.dtype)                         # [M, D]
+            del z
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _slices(weight, hidden, chunk):
-    """Yield (first row, rows [v, D] in hidden's dtype), sized so that tokens * v is about chunk * V."""
-    size = max(1, chunk * len(weight) // max(1, len(hidden)))
+def _matmul(a, b, dtype):
+    """a @ b in dtype; CUDA can skip the rounding of a bfloat16 product to bfloat16 before it is summed up further."""
+    if a.is_cuda and a.dtype != dtype and not torch.version.hip:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _slices(hidden, weight, targets, temperature, chunk):
+    """Yield first row, weight rows [v, D], logits [M, v], target inside? [M, 1], its column or 0 [M, 1]."""
+    size = max(1, chunk * len(weight) // max(1, len(hidden)))                        # v, so that M v = chunk V
     for lo in range(0, len(weight), size):
-        yield lo, weight[lo:lo + size].to(hidden.dtype)
+        rows = weight[lo:lo + size].to(hidden.dtype)                                 # [v, D]
+        column = (targets - lo)[:, None]                                             # [M, 1]
+        inside = (column >= 0) & (column < len(rows))                                # [M, 1]
+        z = _matmul(hidden, rows.T, torch.promote_types(hidden.dtype, torch.float32))  # [M, v]
+        yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, column.where(inside, 0)
+        del z  # before the next slice is allocated
 
 
-def _columns(targets, lo, z):
-    """Which targets lie in the slice that starts at lo [M], and their column in it [M, 1] (0 where they do not)."""
-    inside = (targets >= lo) & (targets < lo + z.shape[1])                           # [M]
-    return inside, torch.where(inside, targets - lo, 0)[:, None]
-
-
-def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=1024):
+def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=256):
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and the entropy of that distribution.
 
     hidden [M, D], head_weight [V, D], targets [M] -> logp [M], entropy [M] (no gradient), in nats, float32 (float64
@@ -122,19 +125,20 @@ def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=10
 
 # ---- 2. the estimator -----------------------------------------------------------------------------------------------
 
+def _check_choice(name, value, *allowed):
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}; choose one of these")
+
+
 def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
     """Eq. (1): weights pi/mu, and the same clipped from above at eta. logp, mu, mask [N, T] -> (w, wc), detached.
 
-    level "sequence": [N], the exact correction. "token": [N, T], lower variance for long responses, biased; 0 at padding.
+    level "sequence": [N], the exact correction. "token": [N, T], biased, lower variance on long responses; 0 at padding.
     """
+    _check_choice("level", level, "sequence", "token")
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0)                           # [N, T]
     # Eq. (1): w_i = exp(sum_t [log pi - log mu]);  wc_i = min(w_i, eta)
-    if level == "sequence":
-        w = log_ratio.sum(1).exp()                                                   # [N]
-    elif level == "token":
-        w = torch.where(mask, log_ratio.exp(), 0.0)                                  # [N, T]
-    else:
-        raise ValueError(f"level: {level!r} is not sequence or token; choose one of the two")
+    w = log_ratio.sum(1).exp() if level == "sequence" else torch.where(mask, log_ratio.exp(), 0.0)  # [N] or [N, T]
     return w, w.clamp(max=eta)
 
 
@@ -144,22 +148,21 @@ def group_advantages(rewards, weights, group_size, *, baseline="group", norm="st
     A group of equal rewards is zero-signal: norm "std" gives it advantage 0, norm "none" keeps it, because the
     unbiasedness of Eq. (4) off-policy needs it. All-ones weights give GRPO's plain group mean.
     """
+    _check_choice("baseline", baseline, "group", "loo")
+    _check_choice("norm", norm, "std", "none")
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_size: {group_size} for {len(rewards)} responses; need >= 2 and whole groups")
     r = rewards.view(-1, group_size)                                                 # [N/G, G]
     weighted = weights.view_as(r) * r                                                # [N/G, G]
-    if baseline == "group":   # Eq. (2): V(x) = (1/G) sum_j wc_j r_j
-        value = weighted.mean(1, keepdim=True)                                       # [N/G, 1]
-    elif baseline == "loo":   # Eq. (2), leave-one-out: V_-i(x) = (1/(G-1)) sum_{j != i} wc_j r_j
+    # Eq. (2): V(x) = (1/G) sum_j wc_j r_j, or leave-one-out: V_-i(x) = (1/(G-1)) sum_{j != i} wc_j r_j
+    value = weighted.mean(1, keepdim=True)                                           # [N/G, 1]
+    if baseline == "loo":
         value = (weighted.sum(1, keepdim=True) - weighted) / (group_size - 1)        # [N/G, G]
-    else:
-        raise ValueError(f"baseline: {baseline!r} is not group or loo; choose one of the two")
     zero_signal = (r == r[:, :1]).all(1, keepdim=True).expand_as(r)                  # [N/G, G]
+    # Eq. (3): A_i = (r_i - V(x)) / (std(r_1..r_G) + eps), std over G (not G - 1); the division is optional
     adv = r - value                                                                  # [N/G, G]
-    if norm == "std":         # Eq. (3): A_i = (r_i - V(x)) / (std(r_1..r_G) + eps), std over G (not G - 1)
-        adv = torch.where(zero_signal, 0.0, adv / (r.std(1, keepdim=True, correction=0) + eps))
-    elif norm != "none":
-        raise ValueError(f"norm: {norm!r} is not std or none; choose one of the two")
+    if norm == "std":
+        adv = torch.where(zero_signal, 0.0, adv / (r.std(1, keepdim=True, correction=0) + eps))  # [N/G, G]
     return adv.reshape(-1), zero_signal.reshape(-1)
 
 
@@ -203,18 +206,17 @@ def micro_batches(lengths, token_budget):
 
 
 def check_head(model):
-    """Raise where the model does more to its logits than hidden @ weight.T, which `logps_and_entropy` computes."""
-    head, config = model.get_output_embeddings(), model.config
-    config = getattr(config, "text_config", None) or config
-    if getattr(head, "bias", None) is not None:
-        raise ValueError("model: its output head has a bias, which rapid.py cannot score; use a head without bias")
+    """Raise where the model does more to its logits than hidden @ weight.T, which is all that is computed here."""
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError("model: its output head has a bias, which cannot be scored here; use a model without one")
+    config = getattr(model.config, "text_config", None) or model.config
     for name in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if (value := getattr(config, name, None)) not in (None, 1):
-            raise ValueError(f"model: config.{name} = {value} changes the logits, which rapid.py cannot score; "
-                             "only None or 1 is supported, choose another model")
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(f"model: config.{name} = {getattr(config, name)} changes the logits, which cannot be "
+                             "scored here; allowed: None or 1, choose another model")
 
 
-def score(model, rollouts, *, temperature=1.0, chunk=1024):
+def score(model, rollouts, *, temperature=1.0, chunk=256):
     """log pi and entropy of every response token -> logp [N, T], entropy [N, T], mask [N, T] (zeros at padding).
 
     Right padding, the mask from lengths alone (an id equal to the padding id is a token like any other), and the head
@@ -225,12 +227,10 @@ def score(model, rollouts, *, temperature=1.0, chunk=1024):
     for k, item in enumerate(rollouts):
         if not item.prompt or not item.response:
             raise ValueError(f"rollouts[{k}]: empty prompt or response; both need at least one token")
-    prompts = torch.tensor([len(item.prompt) for item in rollouts])[:, None]         # [N, 1]
-    lengths = torch.tensor([len(item.response) for item in rollouts])[:, None]       # [N, 1]
-    position = torch.arange(int((prompts + lengths).max()))                          # [L]
-    ids = torch.zeros(len(rollouts), len(position), dtype=torch.long)                # [N, L]
-    for row, item in zip(ids, rollouts):
-        row[:len(item.prompt) + len(item.response)] = torch.tensor(item.prompt + item.response)
+    prompts = torch.tensor([[len(item.prompt)] for item in rollouts])                # [N, 1]
+    lengths = torch.tensor([[len(item.response)] for item in rollouts])              # [N, 1]
+    ids = pad_sequence([torch.tensor(item.prompt + item.response) for item in rollouts], batch_first=True)  # [N, L]
+    position = torch.arange(ids.shape[1])                                            # [L]
     real = position < prompts + lengths                                              # [N, L]
     # position t predicts token t + 1, so a response is read off from the prompt's last position on
     predicts = (position >= prompts - 1) & (position < prompts + lengths - 1)        # [N, L]
@@ -238,10 +238,9 @@ def score(model, rollouts, *, temperature=1.0, chunk=1024):
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     hidden = backbone(input_ids=ids.to(weight.device), attention_mask=real.long().to(weight.device),
                       use_cache=False).last_hidden_state[predicts.to(weight.device)]  # [M, D]
-    packed, packed_entropy = logps_and_entropy(hidden, weight, targets, temperature=temperature, chunk=chunk)  # [M], [M]
+    packed = logps_and_entropy(hidden, weight, targets, temperature=temperature, chunk=chunk)  # [M], [M]
     mask = (torch.arange(int(lengths.max())) < lengths).to(weight.device)            # [N, T]
-    logp = packed.new_zeros(mask.shape).masked_scatter(mask, packed)                 # [N, T]
-    entropy = packed.new_zeros(mask.shape).masked_scatter(mask, packed_entropy)      # [N, T]
+    logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in packed)  # [N, T] each
     return logp, entropy, mask
 
 
@@ -264,15 +263,15 @@ def plan(lengths, token_budget, group_size):
     return by_length, True
 
 
-def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.0, is_level="sequence", baseline="group",
-               adv_norm="std", temperature=1.0, token_budget=16384, chunk=1024, eps=1e-6, clip_low=0.2, clip_high=0.28):
+def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.0, is_level="sequence",
+               baseline="group", adv_norm="std", eps=1e-6, clip_low=0.2, clip_high=0.28, temperature=1.0,
+               token_budget=16384, chunk=256):
     """Add the gradient of Eq. (4) over whole groups to p.grad and return metrics; no optimizer step.
 
     rollouts: group g is rollouts[g*G:(g+1)*G]. denominator: B G Lbar over all ranks, so the gradients and metrics of
     ranks and micro-batches add up. Metrics are sums and counts (max_*: maxima); `summarise` makes means of them.
     """
-    if algo not in ("rapid", "grpo"):
-        raise ValueError(f"algo: {algo!r} is not rapid or grpo; choose one of the two")
+    _check_choice("algo", algo, "rapid", "grpo")
     for k, item in enumerate(rollouts):
         if len(item.mu) != len(item.response):
             raise ValueError(f"rollouts[{k}].mu: {len(item.mu)} log-probs for {len(item.response)} response tokens; "
@@ -319,10 +318,7 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
 def _loss_parts(model, items, *, algo, eta, level, temperature, chunk, clip):
     """Score one micro-batch -> logp, mu, mask [n, T], wc, each response's weight in Eq. (2) [n], metrics."""
     logp, entropy, mask = score(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
-    mu = torch.zeros(mask.shape, dtype=logp.dtype)                                   # [n, T]
-    for row, item in zip(mu, items):
-        row[:len(item.mu)] = torch.tensor(item.mu, dtype=mu.dtype)
-    mu = mu.to(logp.device)                                                          # [n, T]
+    mu = pad_sequence([torch.tensor(item.mu, dtype=logp.dtype) for item in items], batch_first=True).to(logp)  # [n, T]
     w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
     # Eq. (2) wants one weight per response: with token-level weights their mean over the response's tokens; GRPO: 1
     weight = wc if wc.dim() == 1 else wc.sum(1) / mask.sum(1)                        # [n]
@@ -377,3 +373,104 @@ def update(model, optimizer, rollouts, *, max_grad_norm=1.0, **settings):
     if math.isfinite(norm):
         optimizer.step()
     return metrics | {"grad_norm": norm, "skipped_steps": int(not math.isfinite(norm))}
+
+
+# ---- 5. self-demonstration ------------------------------------------------------------------------------------------
+
+def toy(distance, seed):
+    """A random policy over two tokens of a vocabulary of three, a behaviour policy `distance` away, and 0/1 rewards.
+
+    -> theta, theta_mu [4, 3] (logits of the first token, then of the second after each first), rewards [9].
+    """
+    g = torch.Generator().manual_seed(seed)
+    theta, step = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)             # [4, 3] each
+    return theta, theta + distance * step, torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)
+
+
+def toy_logps(theta):
+    """log-probs of both tokens of all nine responses [9, 2]."""
+    return torch.stack([theta[0].log_softmax(0).repeat_interleave(3), theta[1:].log_softmax(1).flatten()], 1)
+
+
+def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none", is_w=True):
+    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each.
+
+    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu.
+    """
+    theta = theta.clone().requires_grad_()
+    logp, mu = toy_logps(theta), toy_logps(theta_mu)                                 # [9, 2] each
+    exact, = torch.autograd.grad((logp.sum(1).exp() * rewards).sum(), theta, retain_graph=True)  # [4, 3]
+    groups = list(combinations_with_replacement(range(9), group_size))               # K multisets
+    orders = [math.factorial(group_size) // math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
+    index = torch.tensor(groups)                                                     # [K, G]
+    chance = torch.tensor(orders) * mu.sum(1)[index].sum(1).exp()                    # [K], sums to 1
+    index = index.flatten()                                                          # [K G]
+    mask = torch.ones(len(index), 2, dtype=torch.bool)                               # [K G, 2]
+    _, wc = importance_weights(logp[index], mu[index], mask, eta=eta)                # [K G]
+    wc = wc if is_w else torch.ones_like(wc)                                     # [K G]
+    adv, _ = group_advantages(rewards[index], wc, group_size, baseline=baseline, norm=norm)  # [K G]
+    loss = rapid_loss(logp[index], mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
+    return torch.autograd.grad(-loss, theta)[0], exact
+
+
+def print_bias_table(policies=9):
+    """Error of the expected gradient over the exact gradient's norm, median over random policies."""
+    columns = {"w left out": (2, dict(is_w=False)), "group, G=2": (2, dict(baseline="group")),
+               "G=4": (4, dict(baseline="group")), "G=8": (8, dict(baseline="group")), "loo, G=4": (4, {}),
+               **{f"loo, eta={eta}": (2, dict(eta=eta)) for eta in (1, 2, 4, 8)}}
+    print("\nError of the expected gradient / norm of the exact one, all groups enumerated; eta = inf unless given\n")
+    print("| distance of mu | KL(mu, pi) | ESS |", " | ".join(columns), "|\n" + "|---" * (3 + len(columns)) + "|")
+    for distance in (0, 0.25, 0.5, 1, 1.5):
+        rows = []
+        for theta, theta_mu, rewards in (toy(distance, seed) for seed in range(policies)):
+            pi, mu = toy_logps(theta).sum(1), toy_logps(theta_mu).sum(1)             # [9] each
+            pairs = [expected_gradient(theta, theta_mu, rewards, size, **how) for size, how in columns.values()]
+            rows.append([(mu.exp() * (mu - pi)).sum(), 1 / (2 * pi - mu).exp().sum(),
+                         *((got - exact).norm() / exact.norm() for got, exact in pairs)])
+        middle = torch.tensor(rows).median(0).values.tolist()
+        print(f"| {distance} |", " | ".join(f"{x:.3f}" if x > 1e-9 else f"{x:.0e}" for x in middle), "|")
+
+
+def bench_head(way, dtype, tokens, width, vocab, chunk):
+    """Forward + backward of the head in this process -> CPU seconds, extra peak GiB above weights and inputs."""
+    torch.set_num_threads(1)
+    weight = torch.empty(vocab, width, dtype=dtype).normal_(0, 0.02).requires_grad_()  # [V, D]
+    hidden = torch.empty(tokens, width, dtype=dtype).normal_().requires_grad_()      # [M, D]
+    targets = torch.randint(vocab, (tokens,))                                        # [M]
+    logps_and_entropy(hidden[:8].detach(), weight[:64].detach(), targets[:8] % 64)   # loads the libraries
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    if way == "ours":
+        logp, _ = logps_and_entropy(hidden, weight, targets, chunk=chunk)            # [M]
+    else:  # the usual way, and without the entropy
+        logp = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None])  # [M, 1]
+    logp.sum().backward()
+    seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds, (after - before) / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def print_head_table(sizes, repeats):
+    """Full logits against slices of the vocabulary, alternating, each in a fresh process; medians."""
+    print("Head, forward + backward: {} tokens, width {}, vocabulary {}, chunk {}, one thread".format(*sizes))
+    print(f"\n| dtype | full logits, CPU s | ours | ratio | full logits, extra GiB | ours | ratio |\n{'|---' * 7}|")
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = {"naive": [], "ours": []}
+        for way in ("naive", "ours") * repeats:
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                runs[way].append(fresh.apply(bench_head, (way, dtype, *sizes)))
+        (t0, m0), (t1, m1) = (torch.tensor(seen).median(0).values.tolist() for seen in runs.values())
+        print(f"| {dtype} | {t0:.2f} | {t1:.2f} | {t1 / t0:.2f} | {m0:.3f} | {m1:.3f} | 1/{m0 / m1:.1f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Demonstrate the kernel on a CPU: memory, time, exactness.")
+    parser.add_argument("--head", nargs=4, type=int, default=(2048, 256, 32768, 64), help="sizes to measure",
+                        metavar=("TOKENS", "WIDTH", "VOCAB", "CHUNK"))
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per way; the table shows their median")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print_head_table(args.head, args.repeats)
+    print_bias_table()
+
+
+if __name__ == "__main__":
+    main()
