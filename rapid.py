@@ -3,14 +3,14 @@
 Differences from GRPO:
 1. One large sampling phase serves several updates; sequence weights w = pi/mu, clipped from above, correct for the
    distance between the policy that sampled and the one that learns, Eq. (1)           [RAPID, arXiv 2510.03515]
-2. The group's value is importance-weighted too, Eq. (2); a leave-one-out variant removes its bias        [RAPID, ours]
+2. The group's value is importance-weighted too, Eq. (2); leave-one-out, the default, removes its bias    [RAPID, ours]
 3. No KL term and no PPO clip: the weighted policy gradient is the loss, Eq. (3) and (4)                  [RAPID]
 4. The loss is a sum over tokens divided by a constant known beforehand, so that micro-batches, padding and the number
    of GPUs cannot change the gradient, Eq. (4)                                                            [ours]
 5. A phase ends early when the effective sample size falls, Eq. (5)                                       [ours]
 6. Log-probs come from hidden states in slices of the vocabulary; the [tokens, vocabulary] logits never exist.  [ours]
 
-    python rapid.py                                          # self-demonstration on a CPU: memory, time, exactness, bias tables
+    python rapid.py                                          # self-demonstration on a CPU: memory, time, bias
     python rapid.py --head 8192 1536 151936 256 --repeats 1  # the head of Qwen2.5-1.5B: 15 GiB and 10 minutes
 
 The file needs torch only and can be copied alone: `update` is one optimizer step, `accumulate` its gradient.
@@ -20,7 +20,6 @@ import argparse
 import math
 import multiprocessing
 import resource
-import sys
 import time
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -54,8 +53,8 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         ctx.temperature, ctx.chunk = temperature, chunk
-        float32 = torch.promote_types(hidden.dtype, torch.float32)                   # or float64
-        total = torch.zeros(len(hidden), dtype=float32, device=hidden.device)        # [M] sum of exp(z - top)
+        wide = torch.promote_types(hidden.dtype, torch.float32)                      # float32, or float64 if hidden is
+        total = torch.zeros(len(hidden), dtype=wide, device=hidden.device)           # [M] sum of exp(z - top)
         top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
         for _, _, z, inside, column in _slices(hidden, weight, targets, temperature, chunk):
             chosen = torch.where(inside, z.gather(1, column), chosen[:, None])[:, 0]  # [M]
@@ -76,18 +75,16 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets, log_z = ctx.saved_tensors
         scale = (grad / ctx.temperature)[:, None]                                    # [M, 1]
-        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype) if ctx.needs_input_grad[0] else None  # [M, D]
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)                    # [M, D]
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; None: frozen
         for lo, rows, z, inside, column in _slices(hidden, weight, targets, ctx.temperature, ctx.chunk):
-            # d logp / d z = onehot(target) - p
-            z = z.sub_(log_z[:, None]).exp_().mul_(-scale)                           # [M, v]
+            z = z.sub_(log_z[:, None]).exp_().mul_(-scale)                           # [M, v] d logp/d z = onehot - p
             z = z.scatter_add_(1, column, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [M, v]
             if grad_weight is not None:
                 grad_weight[lo:lo + len(rows)] = _matmul(z.T, hidden, weight.dtype)  # [v, D]
-            if grad_hidden is not None:
-                grad_hidden += _matmul(z, rows, log_z.dtype)                         # [M, D]
+            grad_hidden += _matmul(z, rows, log_z.dtype)                             # [M, D]
             del z
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def _matmul(a, b, dtype):
@@ -133,7 +130,7 @@ def _check_choice(name, value, *allowed):
 def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
     """Eq. (1): weights pi/mu, and the same clipped from above at eta. logp, mu, mask [N, T] -> (w, wc), detached.
 
-    level "sequence": [N], the exact correction. "token": [N, T], biased, lower variance on long responses; 0 at padding.
+    level "sequence": [N], the exact correction. "token": [N, T], biased, less variance on long responses; 0 at padding.
     """
     _check_choice("level", level, "sequence", "token")
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0)                           # [N, T]
@@ -142,15 +139,16 @@ def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
     return w, w.clamp(max=eta)
 
 
-def group_advantages(rewards, weights, group_size, *, baseline="group", norm="std", eps=1e-6):
+def group_advantages(rewards, weights, group_size, *, baseline="loo", norm="std", eps=1e-6):
     """Eq. (2) and (3). rewards, weights [N], whole groups one after another -> (adv [N], zero_signal [N] bool).
 
+    baseline "group" is the paper's; "loo" points the same way on-policy and, unlike it, has no bias off-policy.
     A group of equal rewards is zero-signal: norm "std" gives it advantage 0, norm "none" keeps it, because the
-    unbiasedness of Eq. (4) off-policy needs it. All-ones weights give GRPO's plain group mean.
+    unbiasedness of Eq. (4) off-policy needs it. All-ones weights with "group" give GRPO's plain group mean.
     """
     _check_choice("baseline", baseline, "group", "loo")
     _check_choice("norm", norm, "std", "none")
-    if group_size < 2 or len(rewards) % group_size:
+    if group_size < 2 or len(rewards) % group_size or not len(rewards):
         raise ValueError(f"group_size: {group_size} for {len(rewards)} responses; need >= 2 and whole groups")
     r = rewards.view(-1, group_size)                                                 # [N/G, G]
     weighted = weights.view_as(r) * r                                                # [N/G, G]
@@ -169,16 +167,14 @@ def group_advantages(rewards, weights, group_size, *, baseline="group", norm="st
 def rapid_loss(logp, mask, wc, adv, *, denominator):
     """Eq. (4) -> scalar. logp, mask [N, T], wc [N] or [N, T], adv [N]; denominator = B G Lbar over all ranks."""
     # Eq. (4): L_on = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar
-    wc = wc if wc.dim() == 2 else wc[:, None]                                        # [N, T] or [N, 1]
-    coefficient = (wc * adv[:, None]).detach()                                       # [N, T] or [N, 1]
+    coefficient = ((wc if wc.dim() == 2 else wc[:, None]) * adv[:, None]).detach()   # [N, T] or [N, 1]
     return -torch.where(mask, coefficient * logp, 0.0).sum() / denominator
 
 
 def grpo_loss(logp, mu, mask, adv, *, denominator, clip_low=0.2, clip_high=0.28):
     """The baseline: PPO's clipped ratio per token -> scalar. logp, mu, mask [N, T], adv [N]; denominator as Eq. (4)."""
     ratio = torch.where(mask, logp - mu, 0.0).exp()                                  # [N, T]
-    adv = adv[:, None]                                                               # [N, 1]
-    gain = torch.minimum(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)  # [N, T]
+    gain = torch.minimum(ratio * adv[:, None], ratio.clamp(1 - clip_low, 1 + clip_high) * adv[:, None])  # [N, T]
     return -torch.where(mask, gain, 0.0).sum() / denominator
 
 
@@ -189,55 +185,52 @@ def phase_over(ess, min_ess):
 
 # ---- 3. scoring with a model ----------------------------------------------------------------------------------------
 
-def micro_batches(lengths, token_budget):
-    """Indices of sequences of similar length, padded tokens <= token_budget; a longer sequence goes alone.
+def micro_batches(lengths, token_budget, among=None):
+    """Indices (all or `among`) in lists of similar length, padded tokens <= token_budget; a longer one goes alone.
 
     >>> micro_batches([3, 9, 4, 2], 8)
     [[1], [2, 0], [3]]
     """
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # longest first, so the first of a batch sets its padded width
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    # longest first, so that the first of a batch sets its padded width
+    for i in sorted(range(len(lengths)) if among is None else among, key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
+            batches.append([])
+        batches[-1].append(i)
     return batches
 
 
 def check_head(model):
     """Raise where the model does more to its logits than hidden @ weight.T, which is all that is computed here."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError("model: its output head has a bias, which cannot be scored here; use a model without one")
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1):
-            raise ValueError(f"model: config.{name} = {getattr(config, name)} changes the logits, which cannot be "
-                             "scored here; allowed: None or 1, choose another model")
+    config, head = getattr(model.config, "text_config", None) or model.config, model.get_output_embeddings()
+    names = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    found = {name: getattr(config, name, None) for name in names if getattr(config, name, None) not in (None, 1)}
+    if found or getattr(head, "bias", None) is not None:
+        raise ValueError(f"model: {found or 'a bias of the head'} changes the logits, which cannot be scored here; "
+                         "allowed: None or 1 and no bias, choose another model")
 
 
 def score(model, rollouts, *, temperature=1.0, chunk=256):
     """log pi and entropy of every response token -> logp [N, T], entropy [N, T], mask [N, T] (zeros at padding).
 
-    Right padding, the mask from lengths alone (an id equal to the padding id is a token like any other), and the head
-    only at response positions. Runs under the caller's autocast and grad mode.
+    rollouts: anything with .prompt and .response. The mask comes from lengths alone: an id that equals the padding id
+    is a token like any other. The head runs at response positions only, all under the caller's autocast and grad mode.
     """
     check_head(model)
     weight = model.get_output_embeddings().weight                                    # [V, D]
     for k, item in enumerate(rollouts):
         if not item.prompt or not item.response:
             raise ValueError(f"rollouts[{k}]: empty prompt or response; both need at least one token")
-    prompts = torch.tensor([[len(item.prompt)] for item in rollouts])                # [N, 1]
-    lengths = torch.tensor([[len(item.response)] for item in rollouts])              # [N, 1]
+    prompts, lengths = torch.tensor([(len(item.prompt), len(item.response)) for item in rollouts]).T[..., None]  # [N, 1]
     ids = pad_sequence([torch.tensor(item.prompt + item.response) for item in rollouts], batch_first=True)  # [N, L]
     position = torch.arange(ids.shape[1])                                            # [L]
-    real = position < prompts + lengths                                              # [N, L]
     # position t predicts token t + 1, so a response is read off from the prompt's last position on
     predicts = (position >= prompts - 1) & (position < prompts + lengths - 1)        # [N, L]
     targets = ids.roll(-1, 1)[predicts].to(weight.device)                            # [M]
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    hidden = backbone(input_ids=ids.to(weight.device), attention_mask=real.long().to(weight.device),
-                      use_cache=False).last_hidden_state[predicts.to(weight.device)]  # [M, D]
+    # no attention mask: padding is on the right, where a causal model cannot see it, and kernels are faster without
+    hidden = backbone(input_ids=ids.to(weight.device), use_cache=False).last_hidden_state  # [N, L, D]
+    hidden = hidden[predicts.to(weight.device)]                                      # [M, D]
     packed = logps_and_entropy(hidden, weight, targets, temperature=temperature, chunk=chunk)  # [M], [M]
     mask = (torch.arange(int(lengths.max())) < lengths).to(weight.device)            # [N, T]
     logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in packed)  # [N, T] each
@@ -246,25 +239,23 @@ def score(model, rollouts, *, temperature=1.0, chunk=256):
 
 # ---- 4. one update --------------------------------------------------------------------------------------------------
 
-def plan(lengths, token_budget, group_size):
-    """Micro-batches for whole groups of these sequence lengths -> (index lists, needs a forward pass beforehand).
+def plan(lengths, live, token_budget, group_size):
+    """Micro-batches of the live responses (whole groups, in order) -> (index lists, is a forward pass needed before?).
 
     The value of Eq. (2) needs the weights of a whole group before any backward. Micro-batches of whole groups have
-    them in one pass but pad more; micro-batches by length pad least but need a forward pass first, about a third of
-    the work of forward and backward. The cheaper one is taken.
+    them in one pass but pad more; those by length pad least but need a forward pass first, about a third more work.
     """
-    by_length = micro_batches(lengths, token_budget)
-    widths = [group_size * max(lengths[i:i + group_size]) for i in range(0, len(lengths), group_size)]
-    by_group = [[g * group_size + k for g in batch for k in range(group_size)]
-                for batch in micro_batches(widths, token_budget)]
-    padded = [sum(len(b) * max(lengths[i] for i in b) for b in batches) for batches in (by_length, by_group)]
-    if max(widths, default=0) <= token_budget and padded[1] <= 4 / 3 * padded[0]:
-        return by_group, False
-    return by_length, True
+    groups = [live[k:k + group_size] for k in range(0, len(live), group_size)]
+    widths = [group_size * max(lengths[i] for i in group) for group in groups]       # padded tokens of each group
+    by_group = [[i for g in batch for i in groups[g]] for batch in micro_batches(widths, token_budget)]
+    by_length = micro_batches(lengths, token_budget, live)
+    cost = [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in (by_group, by_length)]
+    fits = max(widths, default=0) <= max(token_budget, *lengths)
+    return (by_group, False) if fits and cost[0] <= 4 / 3 * cost[1] else (by_length, True)
 
 
 def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.0, is_level="sequence",
-               baseline="group", adv_norm="std", eps=1e-6, clip_low=0.2, clip_high=0.28, temperature=1.0,
+               baseline="loo", adv_norm="std", eps=1e-6, clip_low=0.2, clip_high=0.28, temperature=1.0,
                token_budget=16384, chunk=256):
     """Add the gradient of Eq. (4) over whole groups to p.grad and return metrics; no optimizer step.
 
@@ -273,11 +264,11 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
     """
     _check_choice("algo", algo, "rapid", "grpo")
     for k, item in enumerate(rollouts):
-        if len(item.mu) != len(item.response):
+        if len(item.mu) != len(item.response) or not all(map(math.isfinite, item.mu)):
             raise ValueError(f"rollouts[{k}].mu: {len(item.mu)} log-probs for {len(item.response)} response tokens; "
-                             "need one each, as the sampler returned them")
+                             "need one finite number each, as the sampler returned them")
     how = dict(algo=algo, eta=eta, level=is_level, temperature=temperature, chunk=chunk, clip=(clip_low, clip_high))
-    value = dict(baseline=baseline, norm=adv_norm, eps=eps)
+    value = dict(baseline="group" if algo == "grpo" else baseline, norm=adv_norm, eps=eps)
     length = [len(item.prompt) + len(item.response) for item in rollouts]
     rewards = torch.tensor([float(item.reward) for item in rollouts], dtype=torch.float64)  # [N]
     weights = torch.ones_like(rewards)                                               # [N] wc of Eq. (2); GRPO: stays 1
@@ -288,13 +279,10 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
 
     # 1. silent: advantage 0 whatever the weights. Scored for the metrics, but without backward.
     silent = zero & (rewards == 0) if algo == "rapid" and adv_norm == "none" else zero  # [N]
-    live = (~silent).nonzero()[:, 0].tolist()
-    quiet = silent.nonzero()[:, 0].tolist()
-    first = [[quiet[k] for k in batch] for batch in micro_batches([length[i] for i in quiet], token_budget)]
-    # 2. GRPO's value has no weights: single rows as units, so by length and never a pass beforehand
-    batches, two_passes = plan([length[i] for i in live], token_budget, group_size if algo == "rapid" else 1)
-    batches = [[live[k] for k in batch] for batch in batches]
-    for batch in first + (batches if two_passes else []):
+    live, quiet = (~silent).nonzero()[:, 0].tolist(), silent.nonzero()[:, 0].tolist()
+    # 2. GRPO's value has no weights: single responses as groups, so by length and never a pass before
+    batches, two_passes = plan(length, live, token_budget, group_size if algo == "rapid" else 1)
+    for batch in micro_batches(length, token_budget, quiet) + (batches if two_passes else []):
         with torch.no_grad():
             *_, weights[batch], part = _loss_parts(model, [rollouts[i] for i in batch], **how)
         add_metrics(metrics, part)
@@ -304,8 +292,7 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
         if not two_passes:
             weights[batch] = response_weight
             add_metrics(metrics, part)
-        adv, _ = group_advantages(rewards, weights, group_size, **value)             # [N]
-        adv = adv[batch].to(logp)                                                    # [n]
+        adv = group_advantages(rewards, weights, group_size, **value)[0][batch].to(logp)  # [n]
         if algo == "rapid":
             loss = rapid_loss(logp, mask, wc, adv, denominator=denominator)          # []
         else:
@@ -320,9 +307,8 @@ def _loss_parts(model, items, *, algo, eta, level, temperature, chunk, clip):
     logp, entropy, mask = score(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
     mu = pad_sequence([torch.tensor(item.mu, dtype=logp.dtype) for item in items], batch_first=True).to(logp)  # [n, T]
     w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
-    # Eq. (2) wants one weight per response: with token-level weights their mean over the response's tokens; GRPO: 1
-    weight = wc if wc.dim() == 1 else wc.sum(1) / mask.sum(1)                        # [n]
-    weight = torch.ones_like(weight) if algo == "grpo" else weight                   # [n]
+    # Eq. (2) has one weight per response: with token-level weights the mean over the response's tokens (GRPO: 1)
+    weight = wc if wc.dim() == 1 else (mask if algo == "grpo" else wc).sum(1) / mask.sum(1)  # [n]
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0).cpu().double()            # [n, T]
     flat = (w if w.dim() == 1 else w[mask]).cpu().double()                           # [n] or [M]
     clipped = flat > eta if algo == "rapid" else (flat < 1 - clip[0]) | (flat > 1 + clip[1])  # as flat
@@ -350,7 +336,6 @@ def summarise(m):
         "reward_std": math.sqrt(max(0.0, m["reward_sq_sum"] / n - mean ** 2)),
         "ess": m["w_sum"] ** 2 / (m["weights"] * m["w_sq_sum"]) if m["w_sq_sum"] > 0 else 0.0,  # 1 on-policy, -> 1/N
         "clip_frac": m["clipped"] / m["weights"],                          # weights above eta (GRPO: ratios clipped)
-        "w_mean": m["w_sum"] / m["weights"],                               # 1 in expectation
         "kl": m["kl_sum"] / tokens,                                        # KL(mu || pi), k3, nats per token
         "entropy": m["entropy_sum"] / tokens,                              # of pi, nats per token
         "abs_dlogp": m["abs_logw_sum"] / tokens,                           # |log pi - log mu| per token
@@ -377,23 +362,13 @@ def update(model, optimizer, rollouts, *, max_grad_norm=1.0, **settings):
 
 # ---- 5. self-demonstration ------------------------------------------------------------------------------------------
 
-def toy(distance, seed):
-    """A random policy over two tokens of a vocabulary of three, a behaviour policy `distance` away, and 0/1 rewards.
-
-    -> theta, theta_mu [4, 3] (logits of the first token, then of the second after each first), rewards [9].
-    """
-    g = torch.Generator().manual_seed(seed)
-    theta, step = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)             # [4, 3] each
-    return theta, theta + distance * step, torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)
-
-
 def toy_logps(theta):
-    """log-probs of both tokens of all nine responses [9, 2]."""
+    """Log-probs [9, 2] of all responses of two tokens of three; theta [4, 3]: logits of the first, of the second."""
     return torch.stack([theta[0].log_softmax(0).repeat_interleave(3), theta[1:].log_softmax(1).flatten()], 1)
 
 
-def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none", is_w=True):
-    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each.
+def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none"):
+    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each; eta None leaves w out.
 
     Every multiset of group_size responses goes through the functions above, weighted by its probability under mu.
     """
@@ -404,27 +379,27 @@ def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, bas
     orders = [math.factorial(group_size) // math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
     index = torch.tensor(groups)                                                     # [K, G]
     chance = torch.tensor(orders) * mu.sum(1)[index].sum(1).exp()                    # [K], sums to 1
-    index = index.flatten()                                                          # [K G]
-    mask = torch.ones(len(index), 2, dtype=torch.bool)                               # [K G, 2]
-    _, wc = importance_weights(logp[index], mu[index], mask, eta=eta)                # [K G]
-    wc = wc if is_w else torch.ones_like(wc)                                     # [K G]
-    adv, _ = group_advantages(rewards[index], wc, group_size, baseline=baseline, norm=norm)  # [K G]
-    loss = rapid_loss(logp[index], mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
+    logp, mu, rewards = logp[index.flatten()], mu[index.flatten()], rewards[index.flatten()]  # [K G, 2] twice, [K G]
+    mask = torch.ones_like(mu, dtype=torch.bool)                                     # [K G, 2]
+    wc = torch.ones_like(rewards) if eta is None else importance_weights(logp, mu, mask, eta=eta)[1]  # [K G]
+    adv, _ = group_advantages(rewards, wc, group_size, baseline=baseline, norm=norm)  # [K G]
+    loss = rapid_loss(logp, mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
     return torch.autograd.grad(-loss, theta)[0], exact
 
 
 def print_bias_table(policies=9):
     """Error of the expected gradient over the exact gradient's norm, median over random policies."""
-    columns = {"w left out": (2, dict(is_w=False)), "group, G=2": (2, dict(baseline="group")),
-               "G=4": (4, dict(baseline="group")), "G=8": (8, dict(baseline="group")), "loo, G=4": (4, {}),
-               **{f"loo, eta={eta}": (2, dict(eta=eta)) for eta in (1, 2, 4, 8)}}
+    columns = {"w left out": (2, dict(eta=None)), **{f"group, G={n}": (n, dict(baseline="group")) for n in (2, 4, 8)},
+               "loo, G=4": (4, {}), **{f"loo, eta={eta}": (2, dict(eta=eta)) for eta in (1, 2, 4, 8)}}
     print("\nError of the expected gradient / norm of the exact one, all groups enumerated; eta = inf unless given\n")
-    print("| distance of mu | KL(mu, pi) | ESS |", " | ".join(columns), "|\n" + "|---" * (3 + len(columns)) + "|")
+    print("| distance of mu | KL(mu, pi) | ESS |", " | ".join(columns), f"|\n{'|---' * (3 + len(columns))}|")
+    rewards = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)         # [9]
     for distance in (0, 0.25, 0.5, 1, 1.5):
         rows = []
-        for theta, theta_mu, rewards in (toy(distance, seed) for seed in range(policies)):
-            pi, mu = toy_logps(theta).sum(1), toy_logps(theta_mu).sum(1)             # [9] each
-            pairs = [expected_gradient(theta, theta_mu, rewards, size, **how) for size, how in columns.values()]
+        for seed in range(policies):
+            theta, step = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            pi, mu = toy_logps(theta).sum(1), toy_logps(theta + distance * step).sum(1)  # [9] each
+            pairs = [expected_gradient(theta, theta + distance * step, rewards, n, **how) for n, how in columns.values()]
             rows.append([(mu.exp() * (mu - pi)).sum(), 1 / (2 * pi - mu).exp().sum(),
                          *((got - exact).norm() / exact.norm() for got, exact in pairs)])
         middle = torch.tensor(rows).median(0).values.tolist()
@@ -445,7 +420,7 @@ def bench_head(way, dtype, tokens, width, vocab, chunk):
         logp = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None])  # [M, 1]
     logp.sum().backward()
     seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds, (after - before) / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    return seconds, (after - before) / 2 ** 20  # kilobytes, as Linux counts them
 
 
 def print_head_table(sizes, repeats):
