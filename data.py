@@ -46,16 +46,21 @@ PROMPT_FIELDS = ("prompt", "problem", "question")
 GOLD_FIELDS = {"gold": ("traces",), "reward_model.ground_truth": ("target",), "ground_truth_answer": (),
                "final_answer": (), "gt": ("code", "response"), "answer": ("answer",), "solution": ()}
 LEVEL_FIELDS = ("level", "difficulty", "subfield", "subject", "type", "data_source")
-MAX_ROW = 64 << 20      # bytes of a line: a file without line ends must not fill the memory
-MAX_ARRAY = 1 << 30     # bytes of a .json array, which unlike lines is parsed whole
-MAX_TEXT = 1_000_000    # characters of a prompt, gold or trace: far above any context length
-UNSAFE = re.compile(r"[\x00\ud800-\udfff]")  # tokenizers and UTF-8 writers fail on these, hours later
-BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # two \: doubly escaped datasets
-HUB_ID = re.compile(r"(?!.*\.(?:jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|xz|zst)$)"  # a missing file is not an id
+# Bytes of a line: a file without line ends must not fill the memory.
+MAX_LINE = 64 << 20
+# Characters of a prompt, gold or trace: far above any context length.
+MAX_TEXT = 1_000_000
+# NUL and lone surrogates: tokenizers and UTF-8 writers fail on them, hours after the start.
+UNSAFE = re.compile(r"[\x00\ud800-\udfff]")
+# A box, an escaped character or a brace. One or two \ before a box: some datasets are escaped twice.
+BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# org/name[:config][:split]; a file that is missing is not taken for one.
+HUB_ID = re.compile(r"(?!.*\.(?:jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|xz|zst)$)"
                     r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+){0,2}")
 
 
-def fault(where: str, field: str, found: str, allowed: str, remedy: str = "repair the row") -> DataError:
+def fault(where: str, field: str, found: str, allowed: str,
+          remedy: str = "repair the row or name another field with --prompt-key, --gold-key, --trace-key") -> DataError:
     return DataError(f"{where}: field {field}: found {found}, allowed {allowed}; {remedy}")
 
 
@@ -69,20 +74,20 @@ def listed(row: dict) -> str:
     return ", ".join(json.dumps(name[:60]) for name in list(row)[:20]) or "none"
 
 
-def lookup(row: dict, path: str, where: str):
-    """The value at a dotted path. None when absent: parquet writes null for what a row lacks."""
-    head, dot, rest = path.partition(".")
-    if path in row or not dot or row.get(head) is None:
-        return row.get(path)
-    if not isinstance(row[head], dict):
-        raise fault(where, head, kind(row[head]), f"an object that holds {rest}")
-    return lookup(row[head], rest, where)
-
-
-def first_present(row: dict, paths, where: str):
-    """(path, value) of the first path that leads to a value, else (None, None)."""
-    values = ((path, lookup(row, path, where)) for path in paths)
-    return next((pair for pair in values if pair[1] is not None), (None, None))
+def lookup(row: dict, paths, where: str):
+    """(path, value) of the first dotted path that leads to a value, else (None, None). null is no value:
+    parquet writes it for every field that a row lacks."""
+    for path in paths:
+        value, names = (row[path], []) if path in row else (row, path.split("."))
+        for name in names:
+            if not isinstance(value, dict):
+                raise fault(where, path, f"{kind(value)} around {name}", "an object")
+            value = value.get(name)
+            if value is None:
+                break
+        if value is not None:
+            return path, value
+    return None, None
 
 
 def text_of(value, field: str, where: str, numbers: bool = False) -> str:
@@ -90,10 +95,10 @@ def text_of(value, field: str, where: str, numbers: bool = False) -> str:
     gold is compared with what a model writes; NaN and true are not numbers here."""
     number = numbers and isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and abs(value) < math.inf:
-        return format(Decimal(repr(value + 0)), "f").removesuffix(".0")  # + 0 turns -0.0 into 0.0
+        # repr is the shortest text that reads back as this number; + 0 turns -0.0 into 0.0.
+        return format(Decimal(repr(value + 0)), "f").removesuffix(".0")
     if not isinstance(value, str):
-        raise fault(where, field, kind(value), "text, a finite number or a list of them" if numbers else "text",
-                    "repair the row, or name another field with --prompt-key, --gold-key or --trace-key")
+        raise fault(where, field, kind(value), "text, a finite number or a list of them" if numbers else "text")
     if len(value) > MAX_TEXT:
         raise fault(where, field, f"{len(value)} characters", f"at most {MAX_TEXT}", "shorten or remove the row")
     if bad := UNSAFE.search(value):
@@ -106,40 +111,37 @@ def last_box(text: str) -> str | None:
     """Content of the \\boxed{} or \\fbox{} that closes last. One pass with a stack: looking for the end
     of each of a hundred thousand unclosed boxes would take hours."""
     starts, content = [], None
+    # The stack holds, for each open brace, where the content of its box starts; None for a plain brace.
     for token in BOX.finditer(text):
         if token[0] == "{" or len(token[0]) > 2:
             starts.append(token.end() if len(token[0]) > 1 else None)
         elif token[0] == "}" and starts:
             start = starts.pop()
-            content = content if start is None else text[start:token.start()]
-    return content if content is None else content.strip()
+            content = content if start is None else text[start:token.start()].strip()
+    return content
 
 
 def gsm8k(text: str) -> tuple[str, str]:
     """(answer, trace that boxes it) of a text whose last line is `#### answer`, else ("", text). Only
     the last line counts: language models write #### for headings too."""
+    # String methods, because a pattern with two runs of blanks takes quadratic time on a long one.
     working, _, last = text.rstrip().rpartition("\n")
     answer = last[4:].strip() if last.startswith("####") else ""
-    if not answer:
-        return "", text
     working = re.sub(r"<<[^<>]*>>", "", working).strip()
-    return answer, f"{working}\nThe answer is \\boxed{{{answer}}}.".lstrip()
+    return answer, f"{working}\nThe answer is \\boxed{{{answer}}}.".lstrip() if answer else text
 
 
 def read_gold(value, field: str, where: str, chosen: bool) -> str:
     """The gold answer, "" when there is none. A field that the user chose is taken as it stands when
     nothing in it is marked; else a `solution`, or an `answer` of several lines, has no result."""
-    entries = [text_of(entry, f"{field}[{n}]", where, numbers=True).strip()
-               for n, entry in enumerate(value)] if isinstance(value, list) else []
-    if any(entries) and not all(entries):
-        raise fault(where, f"{field}[{entries.index('')}]", "an empty answer among others", "text")
-    gold = ", ".join(entries) if any(entries) else ""
-    if not isinstance(value, list):
-        text = text_of(value, field, where, numbers=True).strip()
-        working = not chosen and (field == "solution" or field == "answer" and "\n" in text)
-        boxed = last_box(text)
-        gold = gsm8k(text)[0] or (boxed if boxed is not None else "" if working else text)
-    return gold
+    if isinstance(value, list):
+        entries = [text_of(entry, f"{field}[{n}]", where, True).strip() for n, entry in enumerate(value)]
+        if any(entries) and not all(entries):
+            raise fault(where, f"{field}[{entries.index('')}]", "an empty answer among others", "text")
+        return ", ".join(filter(None, entries))
+    text = text_of(value, field, where, True).strip()
+    boxed, working = last_box(text), field == "solution" or field == "answer" and "\n" in text
+    return gsm8k(text)[0] or (boxed if boxed is not None else "" if working and not chosen else text)
 
 
 def read_chat(messages: list, field: str, where: str, order: str) -> dict[str, str]:
@@ -148,14 +150,13 @@ def read_chat(messages: list, field: str, where: str, order: str) -> dict[str, s
     said, initials = {"system": "", "user": "", "assistant": ""}, ""
     for n, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or role not in said:
-            found = kind(message) if role is None else f"the role {kind(role)}"
-            raise fault(where, f"{field}[{n}]", found, "a message whose role is system, user or assistant")
+        if role not in tuple(said):  # a tuple: a role that is a list cannot be hashed
+            raise fault(where, f"{field}[{n}].role", kind(role), "system, user or assistant")
         said[role] = text_of(message.get("content"), f"{field}[{n}].content", where)
         initials += role[0]
     if not re.fullmatch(order, initials):
-        raise fault(where, field, f"messages in the order {initials[:20] or 'of none'}",
-                    f"{order} (s system, u user, a assistant, ? optional)", "split or complete the conversation")
+        raise fault(where, field, f"messages in the order {initials[:20] or '(none)'}",
+                    f"{order} (s system, u user, a assistant, ? optional)")
     return said
 
 
@@ -180,23 +181,24 @@ def read_row(row, where: str, prompt_key, gold_key, trace_key) -> tuple[Problem,
     """(problem, names of the prompt, gold and trace fields); gold is "" when the row has no answer."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: found {kind(row)}, allowed a JSON object; write one object per row")
-    prompt_field, prompt = first_present(row, (prompt_key,) if prompt_key else PROMPT_FIELDS, where)
+    prompt_field, prompt = lookup(row, (prompt_key,) if prompt_key else PROMPT_FIELDS, where)
     if prompt is None:
-        raise fault(where, prompt_key or "prompt", f"nothing (fields: {listed(row)})", prompt_key or
-                    " or ".join(PROMPT_FIELDS), "name the fields with --prompt-key, --gold-key and --trace-key")
-    gold_field, gold = first_present(row, (gold_key,) if gold_key else GOLD_FIELDS, where)
-    paths = (trace_key,) if trace_key else GOLD_FIELDS.get(gold_field, ())
-    trace_field, traces = first_present(row, paths, where)
-    said = read_chat(prompt, prompt_field, where, "s?u") if isinstance(prompt, list) else {}
-    system = said.get("system", "")
-    prompt = said["user"] if said else text_of(prompt, prompt_field, where)
+        allowed = prompt_key or " or ".join(PROMPT_FIELDS)
+        raise fault(where, prompt_key or "prompt", f"nothing (fields: {listed(row)})", allowed)
+    gold_field, gold = lookup(row, (gold_key,) if gold_key else GOLD_FIELDS, where)
+    # The default trace fields depend on the gold field: math8k's `target` is an answer, verl's a solution.
+    trace_field, traces = lookup(row, (trace_key,) if trace_key else GOLD_FIELDS.get(gold_field, ()), where)
+    said = read_chat(prompt, prompt_field, where, "s?u") if isinstance(prompt, list) else {"user": prompt}
+    prompt, system = text_of(said["user"], prompt_field, where), said.get("system", "")
     if not prompt.strip():
         raise fault(where, prompt_field, "a blank", "a question", "repair or remove the row")
     gold = "" if gold is None else read_gold(gold, gold_field, where, bool(gold_key))
+    # Only GSM8K writes the working into `answer`: a plain answer is no trace to learn from.
     if not trace_key and trace_field == "answer" and not (isinstance(traces, str) and gsm8k(traces)[0]):
-        trace_field = None  # a plain answer is no solution
+        trace_field = None
     traces = read_traces(traces, trace_field, where) if trace_field else ()
-    if gold_field == "final_answer" and row.get("context"):  # OlympiadBench: what several questions share
+    # OlympiadBench keeps what several questions share apart; our own rows may bring a system message.
+    if gold_field == "final_answer" and row.get("context"):
         prompt = text_of(row["context"], "context", where) + "\n\n" + prompt
     if gold_field == "gold" and not system and row.get("system") is not None:
         system = text_of(row["system"], "system", where)
@@ -220,28 +222,27 @@ def parse(raw: bytes, source: str, line: int):
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        column, reason = error.start - raw.rfind(b"\n", 0, error.start), "byte not UTF-8"
+        column, reason = error.start - raw.rfind(b"\n", 0, error.start), "a byte that is not UTF-8"
     except json.JSONDecodeError as error:
         line, column, reason = line + error.lineno - 1, error.colno, error.msg
-    except (RecursionError, ValueError) as error:  # ValueError: equal keys, or a number of 5,000 digits
+    # RecursionError: thousands of brackets. ValueError: equal keys, or a number of 5,000 digits.
+    except (RecursionError, ValueError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    raise DataError(f"{source}:{line}: not valid JSON{f' at column {column}' if column else ''} ({reason}), "
-                    "allowed one object per line, in .json also an array of objects; repair the file")
+    raise DataError(f"{source}:{line}: not valid JSON{f' at column {column}' if column else ''}: {reason}; "
+                    "allowed one object per line, in .json also an array of objects, in plain UTF-8; repair the file")
 
 
 def json_rows(source: str):
-    """(where, row) for lines of JSON with one line in memory at a time, or for the array in a .json."""
+    """(where, row) for lines of JSON with one line in memory at a time, or for the array in a .json,
+    which is parsed whole."""
     with open(source, "rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW + 1), b""), 1):
-            if number == 1 and raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-                raise DataError(f"{source}:1: found a byte order mark, allowed plain UTF-8; save the file without it")
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             if number == 1 and source.lower().endswith(".json") and raw.lstrip().startswith(b"["):
-                raw += file.read(MAX_ARRAY)
-                if file.read(1):
-                    raise DataError(f"{source}: found an array above {MAX_ARRAY} bytes; write one object per line")
+                raw += file.read()
                 yield from ((f"{source}:{n}", row) for n, row in enumerate(parse(raw, source, 1), 1))
-            elif len(raw) > MAX_ROW:
-                raise DataError(f"{source}:{number}: found a line above {MAX_ROW} bytes; write one object per line")
+            elif len(raw) > MAX_LINE:
+                raise DataError(f"{source}:{number}: found a line above {MAX_LINE} bytes; write one object per line")
+            # Blank lines separate and end files; they are no rows, and still count as lines.
             elif raw.strip():
                 yield f"{source}:{number}", parse(raw.rstrip(b"\r\n"), source, number)
 
@@ -249,7 +250,7 @@ def json_rows(source: str):
 def table_rows(source: str):
     """(where, row) of a parquet file, a batch in memory at a time, or of a dataset on the hub."""
     if source.lower().endswith(".parquet"):
-        # pyarrow, which datasets reads with: datasets itself would leave lock files in the home folder,
+        # pyarrow is what datasets reads with. datasets itself would leave lock files in the home folder,
         # take [ ] in a path for a pattern, and need fourteen times as long.
         from pyarrow import parquet
         batches = parquet.ParquetFile(source).iter_batches(batch_size=256)
@@ -257,7 +258,8 @@ def table_rows(source: str):
     else:
         import datasets
         if int(datasets.__version__.split(".")[0]) < 4:
-            raise ImportError("older versions run code that a hub repository brings")
+            raise ImportError("older versions can run code that a hub repository brings")
+        # Without a split there would be a dictionary of splits, and evaluation rows among the training rows.
         name, *config, split = source.split(":") if ":" in source else (source, "train")
         try:
             table = datasets.load_dataset(name, *config, split=split)
@@ -267,30 +269,25 @@ def table_rows(source: str):
 
 
 def rows(source: str):
-    """(where, row) of any source; whatever goes wrong below this line becomes a DataError."""
-    suffix = os.path.splitext(source)[1].lower()
-    hub = HUB_ID.fullmatch(source) and not os.path.exists(source)
-    found = ("no such file" if not os.path.exists(source) else "a folder" if os.path.isdir(source) else
-             "something not a plain file" if not os.path.isfile(source) else
+    """(where, row) of any source; what fails in the libraries below becomes a DataError."""
+    suffix, there = os.path.splitext(source)[1].lower(), os.path.exists(source)
+    hub = not there and HUB_ID.fullmatch(source)
+    # In the order in which a check makes sense: a folder has no type, a missing file no size.
+    found = ("no such file" if not there else "a folder" if os.path.isdir(source) else
+             "no plain file" if not os.path.isfile(source) else
              f"the file type {suffix or '(none)'}" if suffix not in (".jsonl", ".json", ".parquet") else
              "an empty file" if not os.path.getsize(source) else "")
     if found and not hub:
-        raise DataError(f"{source}: found {found}, allowed a .jsonl, .json or .parquet file with rows, or a "
-                        "hub id (org/name:split); check the path")
+        raise DataError(f"{source}: found {found}, allowed .jsonl, .json, .parquet or a hub id; check the path")
     try:
         yield from (table_rows if hub or suffix == ".parquet" else json_rows)(source)
     except ImportError as error:
-        raise DataError(f"{source}: needs the datasets package ({error}); pip install 'datasets>=4', or "
-                        "convert the data to JSONL") from None
+        raise DataError(f"{source}: {error}; pip install 'datasets>=4', or convert the data to JSONL") from None
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check that it is "
-                        "complete and readable") from None
-
-
-def normal(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{source}: cannot be read ({reason}); check that it is whole and readable") from None
 
 
 def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=None, check_trace=None,
@@ -300,64 +297,61 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
     cannot be understood, which is reported; the problem is kept, for it can still match as text."""
     if limit is not None and limit < 1:
         raise DataError(f"{source}: limit: found {limit}, allowed 1 or more; leave it out to read all rows")
-    source, problems, prompts = str(source), [], set()
-    notes, names = defaultdict(list), Counter()
+    source, row, problems, notes, fields = str(source), {}, [], defaultdict(list), Counter()
     for where, row in rows(source):
         problem, found = read_row(row, where, prompt_key, gold_key, trace_key)
-        names[" / ".join(filter(None, found))] += 1
-        notes["traced"] += [where] if found[2] else []
+        fields[found] += 1
         if not problem.gold:
             notes["rows without an answer skipped"].append(where)
             continue
         right = tuple(t for t in problem.traces if t.strip() and (not check_trace or check_trace(t, problem.gold)))
-        notes["dropped"] += [where] * (len(problem.traces) - len(right))
+        if len(right) < len(problem.traces):
+            notes["wrong or empty traces dropped"] += [where] * (len(problem.traces) - len(right))
         if check_gold and (reason := check_gold(problem.gold)):
             notes["golds not understood, kept as text"].append(f"{where}: {reason}")
-        key = hash(normal(problem.prompt))  # hashes: the prompts themselves would be in memory twice
-        if key in prompts:
-            notes["repeated prompts kept"].append(where)
-        prompts.add(key)
         problems.append(replace(problem, traces=right))
         if len(problems) == limit:
             break
-    if not names:
-        raise DataError(f"{source}: found no rows, allowed one object per row; check the file")
     if not problems:
-        raise fault(source, gold_key or "gold", f"no answer in any of {names.total()} rows (fields: {listed(row)})",
-                    gold_key or " or ".join(GOLD_FIELDS), "name the field with --gold-key")
-    if trace_key and not notes["traced"]:
-        raise fault(source, trace_key, f"it in no row (fields: {listed(row)})", "a field of the rows", "check --trace-key")
-    log(summary(source, problems, notes, names, bool(check_trace)))
+        raise fault(source, gold_key or "gold", f"no answer in {fields.total()} rows (fields: {listed(row)})",
+                    gold_key or " or ".join(GOLD_FIELDS))
+    # A misspelt --trace-key would otherwise train without a single trace and say nothing.
+    if trace_key and not any(found[2] for found in fields):
+        raise fault(source, trace_key, f"it in no row (fields: {listed(row)})", "a field of the rows")
+    traces = sum(len(problem.traces) for problem in problems)
+    # Hashes, because a set of the prompts themselves would hold the file twice.
+    repeated = len(problems) - len({hash(normal(problem.prompt)) for problem in problems})
+    parts = [f"{len(problems)} problems", f"{traces} traces{' (not verified)' if traces and not check_trace else ''}"]
+    parts += [f"{len(wheres)} {what} (first {wheres[0]})" for what, wheres in notes.items()]
+    parts += [f"{repeated} repeated prompts kept"] if repeated else []
+    read = ", ".join(" / ".join(filter(None, found)) for found, _ in fields.most_common(3))
+    # The file's name is enough here, and the folder in front of every example would bury the numbers.
+    log(f"{source}: {', '.join(parts)}; read {read}".replace(source, os.path.basename(source)))
     return problems
 
 
-def summary(source: str, problems: list[Problem], notes: dict, names: Counter, checked: bool) -> str:
-    traces, wrong = sum(len(problem.traces) for problem in problems), notes.pop("dropped")
-    notes.pop("traced")
-    text = f"{source}: {len(problems)} problems, {traces} traces"
-    about = ["not verified"] if not checked and traces else []
-    about += [f"{len(wrong)} {'wrong' if checked else 'empty'} dropped, first {wrong[0]}"] if wrong else []
-    text += f" ({', '.join(about)})" if about else ""
-    text += "".join(f", {len(wheres)} {what} (first {wheres[0]})" for what, wheres in notes.items() if wheres)
-    return f"{text}; read {', '.join(name for name, _ in names.most_common(3))}"
+def normal(prompt: str) -> str:
+    """What makes two prompts the same question: the text but for case and blanks."""
+    return " ".join(prompt.casefold().split())
 
 
 def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """(kept, dropped) of test: a problem whose prompt is in train, but for case and blanks, measures memory."""
+    """(kept, dropped) of test: a problem whose prompt is also in train would measure memory."""
     known = {normal(problem.prompt) for problem in train}
     kept = [problem for problem in test if normal(problem.prompt) not in known]
     return kept, [problem for problem in test if normal(problem.prompt) in known]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Print what a training or evaluation file holds.")
+    """The command line of this file: what a training or evaluation file holds."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("source", help=".jsonl, .json or .parquet file, or hub id org/name[:config][:split]")
     for key in ("prompt", "gold", "trace"):
         parser.add_argument(f"--{key}-key", help=f"field of the {key}, dots lead inwards: reward_model.ground_truth")
     parser.add_argument("--limit", type=int, help="stop after this many problems")
-    options = vars(parser.parse_args(argv))
+    # JSON with ASCII only: what a row holds cannot drive the terminal or fail on its encoding.
     try:
-        print(json.dumps(asdict(load(**options)[0]), indent=1))
+        print(json.dumps(asdict(load(**vars(parser.parse_args(argv)))[0]), indent=1))
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
 
