@@ -46,17 +46,14 @@ PROMPT_FIELDS = ("prompt", "problem", "question")
 GOLD_FIELDS = {"gold": ("traces",), "reward_model.ground_truth": ("target",), "ground_truth_answer": (),
                "final_answer": (), "gt": ("code", "response"), "answer": ("answer",), "solution": ()}
 LEVEL_FIELDS = ("level", "difficulty", "subfield", "subject", "type", "data_source")
-# Bytes of a line: a file without line ends must not fill the memory.
-MAX_LINE = 64 << 20
-# Characters of a prompt, gold or trace: far above any context length.
-MAX_TEXT = 1_000_000
+MAX_LINE = 64 << 20  # bytes: a file without line ends must not fill the memory
+MAX_TEXT = 1_000_000  # characters of a prompt, gold or trace: far above any context length
 # NUL and lone surrogates: tokenizers and UTF-8 writers fail on them, hours after the start.
 UNSAFE = re.compile(r"[\x00\ud800-\udfff]")
 # A box, an escaped character or a brace. One or two \ before a box: some datasets are escaped twice.
-BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]")
 # org/name[:config][:split]; a file that is missing is not taken for one.
-HUB_ID = re.compile(r"(?!.*\.(?:jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|xz|zst)$)"
-                    r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+){0,2}")
+HUB_ID = re.compile(r"(?!.*\.(jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|zst)$)[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 
 
 def fault(where: str, field: str, found: str, allowed: str,
@@ -66,8 +63,7 @@ def fault(where: str, field: str, found: str, allowed: str,
 
 def kind(value) -> str:
     """What a value is, for a message: short, ASCII and on one line whatever the row holds."""
-    plain = value is None or isinstance(value, (str, int, float))
-    return json.dumps(value)[:40] if plain else f"a {type(value).__name__}"
+    return json.dumps(value)[:40] if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
 
 
 def listed(row: dict) -> str:
@@ -155,8 +151,7 @@ def read_chat(messages: list, field: str, where: str, order: str) -> dict[str, s
         said[role] = text_of(message.get("content"), f"{field}[{n}].content", where)
         initials += role[0]
     if not re.fullmatch(order, initials):
-        raise fault(where, field, f"messages in the order {initials[:20] or '(none)'}",
-                    f"{order} (s system, u user, a assistant, ? optional)")
+        raise fault(where, field, f"the roles {initials[:20] or '(none)'}", f"{order} (initials, ? for optional)")
     return said
 
 
@@ -183,8 +178,7 @@ def read_row(row, where: str, prompt_key, gold_key, trace_key) -> tuple[Problem,
         raise DataError(f"{where}: found {kind(row)}, allowed a JSON object; write one object per row")
     prompt_field, prompt = lookup(row, (prompt_key,) if prompt_key else PROMPT_FIELDS, where)
     if prompt is None:
-        allowed = prompt_key or " or ".join(PROMPT_FIELDS)
-        raise fault(where, prompt_key or "prompt", f"nothing (fields: {listed(row)})", allowed)
+        raise fault(where, prompt_key or "prompt", f"nothing (fields: {listed(row)})", "prompt, problem or question")
     gold_field, gold = lookup(row, (gold_key,) if gold_key else GOLD_FIELDS, where)
     # The default trace fields depend on the gold field: math8k's `target` is an answer, verl's a solution.
     trace_field, traces = lookup(row, (trace_key,) if trace_key else GOLD_FIELDS.get(gold_field, ()), where)
@@ -253,8 +247,7 @@ def table_rows(source: str):
         # pyarrow is what datasets reads with. datasets itself would leave lock files in the home folder,
         # take [ ] in a path for a pattern, and need fourteen times as long.
         from pyarrow import parquet
-        batches = parquet.ParquetFile(source).iter_batches(batch_size=256)
-        table = (row for batch in batches for row in batch.to_pylist())
+        table = (row for batch in parquet.ParquetFile(source).iter_batches(batch_size=256) for row in batch.to_pylist())
     else:
         import datasets
         if int(datasets.__version__.split(".")[0]) < 4:
@@ -272,7 +265,6 @@ def rows(source: str):
     """(where, row) of any source; what fails in the libraries below becomes a DataError."""
     suffix, there = os.path.splitext(source)[1].lower(), os.path.exists(source)
     hub = not there and HUB_ID.fullmatch(source)
-    # In the order in which a check makes sense: a folder has no type, a missing file no size.
     found = ("no such file" if not there else "a folder" if os.path.isdir(source) else
              "no plain file" if not os.path.isfile(source) else
              f"the file type {suffix or '(none)'}" if suffix not in (".jsonl", ".json", ".parquet") else
@@ -283,11 +275,11 @@ def rows(source: str):
         yield from (table_rows if hub or suffix == ".parquet" else json_rows)(source)
     except ImportError as error:
         raise DataError(f"{source}: {error}; pip install 'datasets>=4', or convert the data to JSONL") from None
-    except (OSError, ValueError) as error:
+    # NotImplementedError: pyarrow on a compression or type that it was built without.
+    except (OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, DataError):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source}: cannot be read ({reason}); check that it is whole and readable") from None
+        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]}); check the source") from None
 
 
 def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=None, check_trace=None,
@@ -325,7 +317,6 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
     parts += [f"{len(wheres)} {what} (first {wheres[0]})" for what, wheres in notes.items()]
     parts += [f"{repeated} repeated prompts kept"] if repeated else []
     read = ", ".join(" / ".join(filter(None, found)) for found, _ in fields.most_common(3))
-    # The file's name is enough here, and the folder in front of every example would bury the numbers.
     log(f"{source}: {', '.join(parts)}; read {read}".replace(source, os.path.basename(source)))
     return problems
 
