@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -331,6 +332,52 @@ def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], 
     known = {normal(problem.prompt) for problem in train}
     kept = [problem for problem in test if normal(problem.prompt) not in known]
     return kept, [problem for problem in test if normal(problem.prompt) in known]
+
+
+def chain(rng, length, times):
+    """One chain of `length` operations, evaluated left to right modulo 10, and its worked steps.
+
+    `5-2x4+7=` is ((5-2)*4+7) mod 10 = 9, worked as `5-2=3;3x4=2;2+7=9;`. `times`: at least one x.
+    """
+    operators = [rng.choice("+-x" if times else "+-") for _ in range(length)]
+    if times and "x" not in operators:
+        operators[rng.randrange(length)] = "x"
+    value = rng.randrange(10)
+    prompt, steps = str(value), ""
+    for operator in operators:
+        operand = rng.randint(2, 4) if operator == "x" else rng.randrange(10)
+        result = {"+": value + operand, "-": value - operand, "x": value * operand}[operator] % 10
+        prompt, steps = prompt + operator + str(operand), steps + f"{value}{operator}{operand}={result};"
+        value = result
+    return prompt + "=", str(value), steps
+
+
+def chains(count, *, seed, exclude=()):
+    """The built-in task: `count` different problems, half of them with an x, each with its worked chain as a trace.
+
+    level "recall": only + and -, which the base model works step by step now and then; level "extend": with x,
+    which it has only seen answered directly. A trace is the worked chain with the answer in a box.
+    exclude: prompts not to use (the training set, when the evaluation set is drawn).
+    """
+    rng, seen, problems = random.Random(seed), set(exclude), []
+    while len(problems) < count:
+        times = len(problems) % 2 == 1
+        prompt, gold, steps = chain(rng, rng.randint(2, 5), times)
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        problems.append(Problem(prompt, gold, (steps + "\\boxed{" + gold + "}",), level="extend" if times else "recall",
+                                where=f"builtin:{len(problems) + 1}"))
+    return problems
+
+
+def base_example(rng):
+    """One (prompt, answer) pair of the corpus behind the base policy: it works + and - through in 60 % of the cases and
+    answers at once otherwise; chains with an x it has only seen answered at once."""
+    times = rng.random() < 0.5
+    prompt, gold, steps = chain(rng, rng.randint(2, 5), times)
+    worked = not times and rng.random() < 0.6
+    return prompt, (steps if worked else "") + "\\boxed{" + gold + "}"
 
 
 def main(argv: list[str] | None = None) -> None:

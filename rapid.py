@@ -48,23 +48,24 @@ class _HeadLogps(torch.autograd.Function):
 
     Slices of the vocabulary rather than of the tokens: a row of the weight's gradient is then one matmul over all
     tokens, written once instead of added up in the weight's dtype, and a float32 master is cast slice by slice.
+    Logits lie as [v, M] in one buffer: on a CPU new memory costs more than the arithmetic on it.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         ctx.temperature, ctx.chunk = temperature, chunk
-        wide = torch.promote_types(hidden.dtype, torch.float32)                      # float32, or float64 if hidden is
-        total = torch.zeros(len(hidden), dtype=wide, device=hidden.device)           # [M] sum of exp(z - top)
+        buffer = _buffer(hidden, weight, chunk)                                      # [v, M]
+        spare = torch.empty_like(buffer)                                             # [v, M]
+        total = torch.zeros_like(buffer[0])                                          # [M] sum of exp(z - top)
         top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
-        for _, _, z, inside, column in _slices(hidden, weight, targets, temperature, chunk):
-            chosen = torch.where(inside, z.gather(1, column), chosen[:, None])[:, 0]  # [M]
-            higher = torch.maximum(top, z.amax(1))                                   # [M]
+        for _, rows, z, inside, column in _slices(buffer, hidden, weight, targets, temperature):
+            chosen = torch.where(inside, z.gather(0, column), chosen)[0]             # [M]
+            higher = torch.maximum(top, z.amax(0))                                   # [M]
             shrink = (top - higher).exp()                                            # [M] of what is summed so far
-            e = (z - higher[:, None]).exp_()                                         # [M, v]
-            total = total * shrink + e.sum(1)                                        # [M]
-            mean = mean * shrink + torch.linalg.vecdot(e, z)                         # [M]
+            e = torch.sub(z, higher, out=spare[:len(z)]).exp_()                      # [v, M]
+            total = total * shrink + e.sum(0)                                        # [M]
+            mean = mean * shrink + e.mul_(z).sum(0)                                  # [M]
             top = higher                                                             # [M]
-            del z, e  # before the next slice is allocated
         log_z = top + total.log()                                                    # [M]
         entropy = log_z - mean / total                                               # [M] H = log Z - E[z]
         ctx.save_for_backward(hidden, weight, targets, log_z)
@@ -74,36 +75,43 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, log_z = ctx.saved_tensors
-        scale = (grad / ctx.temperature)[:, None]                                    # [M, 1]
+        scale = grad[None] / ctx.temperature                                         # [1, M]
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)                    # [M, D]
+        product = torch.empty_like(grad_hidden)                                      # [M, D]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; None: frozen
-        for lo, rows, z, inside, column in _slices(hidden, weight, targets, ctx.temperature, ctx.chunk):
-            z = z.sub_(log_z[:, None]).exp_().mul_(-scale)                           # [M, v] d logp/d z = onehot - p
-            z = z.scatter_add_(1, column, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [M, v]
+        buffer = _buffer(hidden, weight, ctx.chunk)                                  # [v, M]
+        for lo, rows, z, inside, column in _slices(buffer, hidden, weight, targets, ctx.temperature):
+            z.sub_(log_z).exp_().mul_(-scale)                                        # [v, M] d logp/d z = onehot - p
+            z = z.scatter_add_(0, column, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [v, M]
             if grad_weight is not None:
-                grad_weight[lo:lo + len(rows)] = _matmul(z.T, hidden, weight.dtype)  # [v, D]
-            grad_hidden += _matmul(z, rows, log_z.dtype)                             # [M, D]
-            del z
+                _matmul(z, hidden, out=grad_weight[lo:lo + len(rows)])               # [v, D]
+            grad_hidden += _matmul(z.T, rows, out=product)                           # [M, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _matmul(a, b, dtype):
-    """a @ b in dtype; CUDA can skip the rounding of a bfloat16 product to bfloat16 before it is summed up further."""
-    if a.is_cuda and a.dtype != dtype and not torch.version.hip:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+def _buffer(hidden, weight, chunk):
+    """Room for the logits of one slice [v, M], v such that v M is about chunk V; float64 only if hidden is."""
+    size = min(len(weight), max(1, chunk * len(weight) // max(1, len(hidden))))
+    return hidden.new_empty(size, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _slices(hidden, weight, targets, temperature, chunk):
-    """Yield first row, weight rows [v, D], logits [M, v], target inside? [M, 1], its column or 0 [M, 1]."""
-    size = max(1, chunk * len(weight) // max(1, len(hidden)))                        # v, so that M v = chunk V
-    for lo in range(0, len(weight), size):
-        rows = weight[lo:lo + size].to(hidden.dtype)                                 # [v, D]
-        column = (targets - lo)[:, None]                                             # [M, 1]
-        inside = (column >= 0) & (column < len(rows))                                # [M, 1]
-        z = _matmul(hidden, rows.T, torch.promote_types(hidden.dtype, torch.float32))  # [M, v]
+def _slices(buffer, hidden, weight, targets, temperature):
+    """Yield first row, weight rows [v, D], logits [v, M] in the buffer, target inside? [1, M], its column or 0 [1, M]."""
+    for lo in range(0, len(weight), len(buffer)):
+        rows = weight[lo:lo + len(buffer)].to(hidden.dtype)                          # [v, D]
+        column = (targets - lo)[None]                                                # [1, M]
+        inside = (column >= 0) & (column < len(rows))                                # [1, M]
+        z = _matmul(rows, hidden.T, out=buffer[:len(rows)])                          # [v, M]
         yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, column.where(inside, 0)
-        del z  # before the next slice is allocated
+
+
+def _matmul(a, b, out):
+    """a @ b in out's dtype. CUDA can keep a bfloat16 product in float32; elsewhere it is rounded to bfloat16 first."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda and not torch.version.hip:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
 
 
 def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=256):
