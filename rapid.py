@@ -1,4 +1,5 @@
 """RAPID's update kernel: off-policy policy gradient on whole groups of responses, exact and without full logits.
+Needs torch only and can be copied alone: `update` is one optimizer step, `accumulate` its gradient.
 
 Differences from GRPO:
 1. One large sampling phase serves several updates; sequence weights w = pi/mu, clipped from above, correct for the
@@ -12,8 +13,6 @@ Differences from GRPO:
 
     python rapid.py                                          # self-demonstration on a CPU: memory, time, bias
     python rapid.py --head 8192 1536 151936 256 --repeats 1  # the head of Qwen2.5-1.5B: 15 GiB and 10 minutes
-
-The file needs torch only and can be copied alone: `update` is one optimizer step, `accumulate` its gradient.
 """
 
 import argparse
@@ -46,9 +45,8 @@ class Rollout:
 class _HeadLogps(torch.autograd.Function):
     """log pi(target) and entropy, one slice of the vocabulary at a time, with a hand-written backward.
 
-    Slices of the vocabulary rather than of the tokens: a row of the weight's gradient is then one matmul over all
-    tokens, written once instead of added up in the weight's dtype, and a float32 master is cast slice by slice.
-    Logits lie as [v, M] in one buffer: on a CPU new memory costs more than the arithmetic on it.
+    Slices of the vocabulary, not of the tokens: a row of the weight's gradient is then one matmul over all tokens,
+    written once, and a float32 master is cast slice by slice. One buffer, as new memory costs a CPU more than exp().
     """
 
     @staticmethod
@@ -58,8 +56,8 @@ class _HeadLogps(torch.autograd.Function):
         spare = torch.empty_like(buffer)                                             # [v, M]
         total = torch.zeros_like(buffer[0])                                          # [M] sum of exp(z - top)
         top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
-        for _, rows, z, inside, column in _slices(buffer, hidden, weight, targets, temperature):
-            chosen = torch.where(inside, z.gather(0, column), chosen)[0]             # [M]
+        for _, rows, z, inside, place in _slices(buffer, hidden, weight, targets, temperature):
+            chosen = torch.where(inside, z.gather(0, place), chosen)[0]              # [M]
             higher = torch.maximum(top, z.amax(0))                                   # [M]
             shrink = (top - higher).exp()                                            # [M] of what is summed so far
             e = torch.sub(z, higher, out=spare[:len(z)]).exp_()                      # [v, M]
@@ -80,9 +78,9 @@ class _HeadLogps(torch.autograd.Function):
         product = torch.empty_like(grad_hidden)                                      # [M, D]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; None: frozen
         buffer = _buffer(hidden, weight, ctx.chunk)                                  # [v, M]
-        for lo, rows, z, inside, column in _slices(buffer, hidden, weight, targets, ctx.temperature):
+        for lo, rows, z, inside, place in _slices(buffer, hidden, weight, targets, ctx.temperature):
             z.sub_(log_z).exp_().mul_(-scale)                                        # [v, M] d logp/d z = onehot - p
-            z = z.scatter_add_(0, column, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [v, M]
+            z = z.scatter_add_(0, place, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [v, M]
             if grad_weight is not None:
                 _matmul(z, hidden, out=grad_weight[lo:lo + len(rows)])               # [v, D]
             grad_hidden += _matmul(z.T, rows, out=product)                           # [M, D]
@@ -96,13 +94,13 @@ def _buffer(hidden, weight, chunk):
 
 
 def _slices(buffer, hidden, weight, targets, temperature):
-    """Yield first row, weight rows [v, D], logits [v, M] in the buffer, target inside? [1, M], its column or 0 [1, M]."""
+    """Yield first row, weight rows [v, D], logits [v, M] in buffer, target inside? [1, M], its place or 0 [1, M]."""
     for lo in range(0, len(weight), len(buffer)):
         rows = weight[lo:lo + len(buffer)].to(hidden.dtype)                          # [v, D]
-        column = (targets - lo)[None]                                                # [1, M]
-        inside = (column >= 0) & (column < len(rows))                                # [1, M]
+        place = (targets - lo)[None]                                                 # [1, M]
+        inside = (place >= 0) & (place < len(rows))                                  # [1, M]
         z = _matmul(rows, hidden.T, out=buffer[:len(rows)])                          # [v, M]
-        yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, column.where(inside, 0)
+        yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, place.where(inside, 0)
 
 
 def _matmul(a, b, out):
@@ -117,9 +115,9 @@ def _matmul(a, b, out):
 def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=256):
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and the entropy of that distribution.
 
-    hidden [M, D], head_weight [V, D], targets [M] -> logp [M], entropy [M] (no gradient), in nats, float32 (float64
-    for float64 inputs). The matmuls run in hidden's dtype, or in autocast's where that is on; head_weight may be a
-    float32 master and then gets a float32 gradient. chunk: about chunk * V logits exist at a time.
+    hidden [M, D], head_weight [V, D], targets [M] -> logp [M], entropy [M] (no gradient), in nats, float32 (float64 if
+    hidden is). The matmuls run in hidden's dtype, or in autocast's where that is on; head_weight may be a float32
+    master and then gets a float32 gradient. chunk: about chunk * V logits exist at a time.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -136,10 +134,8 @@ def _check_choice(name, value, *allowed):
 
 
 def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
-    """Eq. (1): weights pi/mu, and the same clipped from above at eta. logp, mu, mask [N, T] -> (w, wc), detached.
-
-    level "sequence": [N], the exact correction. "token": [N, T], biased, less variance on long responses; 0 at padding.
-    """
+    """Eq. (1): weights pi/mu, and the same clipped from above at eta. logp, mu, mask [N, T] -> (w, wc), detached:
+    [N] for level "sequence", the exact correction; [N, T] for "token", biased, less variance on long responses."""
     _check_choice("level", level, "sequence", "token")
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0)                           # [N, T]
     # Eq. (1): w_i = exp(sum_t [log pi - log mu]);  wc_i = min(w_i, eta)
@@ -150,9 +146,8 @@ def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
 def group_advantages(rewards, weights, group_size, *, baseline="loo", norm="std", eps=1e-6):
     """Eq. (2) and (3). rewards, weights [N], whole groups one after another -> (adv [N], zero_signal [N] bool).
 
-    baseline "group" is the paper's; "loo" points the same way on-policy and, unlike it, has no bias off-policy.
-    A group of equal rewards is zero-signal: norm "std" gives it advantage 0, norm "none" keeps it, because the
-    unbiasedness of Eq. (4) off-policy needs it. All-ones weights with "group" give GRPO's plain group mean.
+    "group" is the paper's value; "loo" points the same way on-policy and has no bias off-policy. A group of equal
+    rewards is zero-signal: norm "std" gives it advantage 0, "none" keeps it, as Eq. (4) is biased off-policy without.
     """
     _check_choice("baseline", baseline, "group", "loo")
     _check_choice("norm", norm, "std", "none")
@@ -199,8 +194,7 @@ def micro_batches(lengths, token_budget, among=None):
     >>> micro_batches([3, 9, 4, 2], 8)
     [[1], [2, 0], [3]]
     """
-    batches = []
-    # longest first, so that the first of a batch sets its padded width
+    batches = []  # longest first, so that the first of a batch sets its padded width
     for i in sorted(range(len(lengths)) if among is None else among, key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > token_budget:
             batches.append([])
@@ -229,7 +223,7 @@ def score(model, rollouts, *, temperature=1.0, chunk=256):
     for k, item in enumerate(rollouts):
         if not item.prompt or not item.response:
             raise ValueError(f"rollouts[{k}]: empty prompt or response; both need at least one token")
-    prompts, lengths = torch.tensor([(len(item.prompt), len(item.response)) for item in rollouts]).T[..., None]  # [N, 1]
+    prompts, lengths = torch.tensor([(len(r.prompt), len(r.response)) for r in rollouts]).T[..., None]  # [N, 1] both
     ids = pad_sequence([torch.tensor(item.prompt + item.response) for item in rollouts], batch_first=True)  # [N, L]
     position = torch.arange(ids.shape[1])                                            # [L]
     # position t predicts token t + 1, so a response is read off from the prompt's last position on
@@ -250,8 +244,8 @@ def score(model, rollouts, *, temperature=1.0, chunk=256):
 def plan(lengths, live, token_budget, group_size):
     """Micro-batches of the live responses (whole groups, in order) -> (index lists, is a forward pass needed before?).
 
-    The value of Eq. (2) needs the weights of a whole group before any backward. Micro-batches of whole groups have
-    them in one pass but pad more; those by length pad least but need a forward pass first, about a third more work.
+    Eq. (2) needs the weights of a whole group before any backward. Micro-batches of whole groups have them in one
+    pass but pad more; those by length pad least but need a forward pass first, about a third more work.
     """
     groups = [live[k:k + group_size] for k in range(0, len(live), group_size)]
     widths = [group_size * max(lengths[i] for i in group) for group in groups]       # padded tokens of each group
@@ -301,9 +295,8 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
             weights[batch] = response_weight
             add_metrics(metrics, part)
         adv = group_advantages(rewards, weights, group_size, **value)[0][batch].to(logp)  # [n]
-        if algo == "rapid":
-            loss = rapid_loss(logp, mask, wc, adv, denominator=denominator)          # []
-        else:
+        loss = rapid_loss(logp, mask, wc, adv, denominator=denominator)              # []
+        if algo == "grpo":
             loss = grpo_loss(logp, mu, mask, adv, denominator=denominator, clip_low=clip_low, clip_high=clip_high)
         loss.backward()
         metrics["loss"] += float(loss.detach())
@@ -356,10 +349,8 @@ def summarise(m):
 
 
 def update(model, optimizer, rollouts, *, max_grad_norm=1.0, **settings):
-    """One optimizer step on whole groups; settings as in `accumulate` -> its metrics and the gradient's norm.
-
-    A gradient that is not finite changes nothing: the step is left out and counted in `skipped_steps`.
-    """
+    """One optimizer step on whole groups, settings as in `accumulate` -> its metrics, grad_norm (before clipping) and
+    skipped_steps: 1 when the gradient was not finite, which changes no weight."""
     optimizer.zero_grad(set_to_none=True)
     metrics = accumulate(model, rollouts, **settings)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
@@ -377,9 +368,7 @@ def toy_logps(theta):
 
 def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none"):
     """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each; eta None leaves w out.
-
-    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu.
-    """
+    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu."""
     theta = theta.clone().requires_grad_()
     logp, mu = toy_logps(theta), toy_logps(theta_mu)                                 # [9, 2] each
     exact, = torch.autograd.grad((logp.sum(1).exp() * rewards).sum(), theta, retain_graph=True)  # [4, 3]
@@ -407,7 +396,7 @@ def print_bias_table(policies=9):
         for seed in range(policies):
             theta, step = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             pi, mu = toy_logps(theta).sum(1), toy_logps(theta + distance * step).sum(1)  # [9] each
-            pairs = [expected_gradient(theta, theta + distance * step, rewards, n, **how) for n, how in columns.values()]
+            pairs = [expected_gradient(theta, theta + distance * step, rewards, n, **kw) for n, kw in columns.values()]
             rows.append([(mu.exp() * (mu - pi)).sum(), 1 / (2 * pi - mu).exp().sum(),
                          *((got - exact).norm() / exact.norm() for got, exact in pairs)])
         middle = torch.tensor(rows).median(0).values.tolist()
