@@ -1,23 +1,23 @@
-"""verify.py: decide whether a model's answer to a math problem equals the gold answer.
+r"""verify.py: decide whether a model's answer to a math problem equals the gold answer.
 
-    extract the answer -> clean the LaTeX -> parse it -> compare it with the gold answer
+    extract the answer -> clean its LaTeX -> parse it into a tree -> compare with the tree of the gold answer
 
-How it differs from the usual checkers:
-1. A fixed parser builds the tree and nothing is ever evaluated as code. Equality is decided by value:
-   exact fractions where possible, otherwise 400-bit arithmetic at fixed points, relative error only.
-2. Work is counted, never timed: length, depth, digits, exponents and evaluations have limits, so there
-   are no signals, threads or clocks in `verify`, and the same input always gives the same verdict.
-3. It fails closed and says why: `Verdict.reason` is correct, wrong, no_answer, unparsed, budget or
-   truncated. A gold answer that cannot be understood rewards only an equal string (`gold_problem`).
-4. Precision: an exact gold needs an exact answer or one correctly rounded to >= 6 significant digits;
-   a gold with a decimal point or a power of ten (2.68, 4.5e33) accepts what rounds to its own digits.
+What differs from the checkers commonly used as a reward:
+1. Equality is decided by value, in 600-bit arithmetic at fixed sample points with relative error only; a fixed
+   grammar builds the tree and no text is ever evaluated as code.
+2. Work is counted and never timed (length, depth, digits, exponents, evaluations): no signal, thread or clock
+   inside `verify`, any thread may call it, and the same input always gets the same verdict.
+3. It fails closed and says why. A gold answer that cannot be understood rewards an equal string and nothing else;
+   `gold_problem` names it when the data is loaded.
+4. Precision: an exact gold takes an exact answer, or a decimal of 6 or more significant digits that it rounds or
+   truncates to. A measured gold (2.68 or 4.5e33, not 0.5 or 27.0) takes whatever rounds to its own digits.
 
     python verify.py FILE.jsonl --response-key response --gold-key gold --score-key recorded_score
     python verify.py FILE.jsonl --show-wrong 20
     python verify.py FILE.jsonl --against math-verify
 
->>> verify(r"So it is $\\boxed{\\frac{2}{4}}$.", gold="0.5")
-Verdict(correct=True, reason='correct', answer='\\\\frac{2}{4}')
+>>> verify(r"So it is $\boxed{\frac{2}{4}}$.", gold="0.5")
+Verdict(correct=True, reason='correct', answer='\\frac{2}{4}')
 """
 
 import argparse
@@ -25,6 +25,8 @@ import collections
 import functools
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import re
 import threading
 import time
@@ -32,1508 +34,1141 @@ import zlib
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_CHARS = 4000         # longest answer that is parsed; longer ones can only be equal as strings
-MAX_DEPTH = 40           # nesting of the parse tree
-MAX_DIGITS = 1500        # digits of one literal
-MAX_BITS = 100_000       # size of an exact fraction; beyond it 400-bit floats take over
-MAX_WORK = 20_000        # tree nodes evaluated per verdict
-PREC = 400               # bits of the inexact arithmetic
-SAME_BITS = 330          # two inexact values are equal when they agree to this many bits
+MAX_CHARS = 4000    # longest answer that is parsed; a longer one can only be equal as a string
+MAX_DEPTH = 40      # nesting of the tree; every recursion below follows the tree, so this bounds the stack
+MAX_DIGITS = 1000   # digits of one literal
+MAX_WORK = 20_000   # cost of all evaluations of one verdict: a node counts 1, a function or a power 10
+PRECISIONS = (600, 4000)    # bits of the arithmetic, the second where 600 lose a term; equal values agree in all but 100
 
 
 class Verdict(NamedTuple):
     correct: bool
-    reason: str              # correct | wrong | no_answer | unparsed | budget | truncated
-    answer: str | None       # the extracted answer as written, None when there is none
+    reason: str           # correct | wrong | no_answer | unparsed | budget | truncated
+    answer: str | None    # the extracted answer as it was written
 
 
 class Unparsed(ValueError):
-    """The text is not an answer this grammar knows."""
+    """The text is no answer of this grammar, or has no value (1/0)."""
 
 
 class Budget(ValueError):
     """Deciding would cost more than the limits above allow."""
 
 
-class Undefined(ValueError):
-    """The expression has no value at this point (0/0, log 0)."""
+class Absorbed(Budget):
+    """A sum needs more precision than it was computed with."""
 
 
-# ---------------------------------------------------------------- 1. extraction
+# ------------------------------------------------------------------ extraction
 
 TURN_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
-BOX = re.compile(r"\\+f?boxed(?![a-zA-Z])[ \t]*(?:(\{)|([-+]?\w[\w/.]*))?|\\\\|\\[{}]|[{}]")
-GAP = re.compile(r"[\s$,;:.&()\[\]\\{}]|quad|text|mbox|(?<![a-z])(?:and|or)(?![a-z])|[A-Za-z]\w?\s*=")
-ANSWER_IS = re.compile(r"(?:answer|answers|result)\s*(?:\**\s*(?:is|are|:|=)\s*:?)+\s*\**", re.I)
-CLOSING = re.compile(r"[.\s]*(?:I hope (?:it|this) is correct\.?)?[\s.*]*$")
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?:[.,]?\d+)(?:\s*/\s*\d+)?")
-MATH = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))?|(?<!\\)(?:\\\\)*\\[{}]|[{}]")
+# What may stand between two boxes that together are one answer: punctuation, "and", "or", "y =".
+BETWEEN = re.compile(r"(?:[\s$,;:.&()\[\]\\{}]|quad|text|mbox|\b(?:and|or)\b|[A-Za-z]\w{0,3} *=)*|[^.\n\d=]*\b(?:and|or)\b[^.\n\d=]*")
+CLOSING = re.compile(r"(?:\s|\.|I hope (?:it|this) is correct)*$")
+NUMBER = r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?: */ *\d+)?(?: ?(?:\\?%|percent\b|pct\b|m²|[€£]))?"
+# Answers without a box, tried in this order at the end of a finished text; the first that parses is taken.
+UNBOXED = [re.compile(p, re.S | re.I) for p in (
+    r"<answer>((?:(?!<answer>).)*)</answer>\W*$", r"####\s*([^\n]+)$", r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",
+    r"\*\*([^*\n]+)\**\W*$", rf".*?({NUMBER})$", r"(?:.*[^\\])?\$(\$?[^$]*[^$\s][^$]*)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
+    r".*\\[(\[](.+?)\\[)\]]()[^\d]{0,40}$", r"\(([A-J])\)\W*$", r"([^\n]+)$", rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]
 
 
-def boxes(text: str) -> tuple[list[tuple[int, int, str]], int]:
-    """All complete boxes as (start, end, content) and the start of the last unterminated one (-1 if none).
-    One pass with a stack, because matching braces per box is quadratic on thousands of open boxes."""
-    stack, found = [], []
+def boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int]:
+    """(start, end, start and end of the content) of every complete box in the order they close, and the start of the
+    last open one or -1. One pass with a stack: matching braces box by box is quadratic in thousands of open boxes."""
+    stack, found, hanging = [], [], -1
     for m in BOX.finditer(text):
-        if m.group(0).endswith("{") and not m.group(0).startswith("\\{"):
-            stack.append((m.start(), m.end(), m.group(1) is not None))
-        elif m.group(2):
-            found.append((m.start(), m.end(), m.group(2).rstrip(".")))
-        elif m.group(0) == "}" and stack:
+        token = m.group()
+        if m["bare"]:
+            found.append((*m.span(), *m.span("bare")))
+        elif token == "{" or "box" in token and token[-1] == "{":
+            stack.append((m.start(), m.end(), len(token) > 1))
+        elif token == "}" and stack:
             start, inner, is_box = stack.pop()
             if is_box:
-                found.append((start, m.end(), text[inner:m.start()]))
-        elif "boxed" in m.group(0):
-            stack.append((m.start(), m.end(), True))
-    return found, max((s for s, _, is_box in stack if is_box), default=-1)
+                found.append((start, m.end(), inner, m.start()))
+        elif "box" in token:
+            hanging = m.start()
+    return found, max([start for start, _, is_box in stack if is_box] + [hanging])
 
 
-def last_answer_boxes(found: list[tuple[int, int, str]], text: str) -> str:
-    """The content of the last box; boxes joined only by "and", "or" or a comma are one list, so that
-    hedging over two boxes is a list of guesses and not a lucky last one."""
-    start, _, content = found[-1]
-    parts = [content.strip()]
-    for s, e, c in reversed(found[:-1]):
-        if e > start:
-            continue
-        if start - e > 60 or GAP.sub("", text[e:start]):
-            break
-        if c.strip() not in parts:
-            parts.insert(0, c.strip())
-        start = s
+def last_boxes(found: list[tuple[int, int, int, int]], text: str) -> str:
+    """The content of the last box. Boxes joined only by a comma, "and" or "or" are one list: hedging over two
+    boxes must be a list of guesses and not the luck of the last one."""
+    start, parts = len(text), []
+    for begin, end, left, right in reversed(found):
+        if end <= start:
+            if parts and (start - end > 60 or len(parts) > 60 or not BETWEEN.fullmatch(text, end, start)):
+                break
+            parts = [text[left:right].strip()] * (text[left:right].strip() not in parts) + parts
+            start = begin
     return ", ".join(parts)
 
 
 def extract(response: str, finished: bool | None = None) -> tuple[str | None, str]:
-    """(answer, "") or (None, reason). `finished=False` (token limit hit) accepts only a complete box;
-    None judges from the text, where unboxed answers must stand at the very end.
+    """(answer, "") or (None, reason). finished=False (stopped by the token limit) takes only a complete box; None
+    judges from the text: an answer without a box must then stand at the very end.
 
-    >>> extract("thus it is **73**.")
-    ('73', '')
+    >>> extract("We get 70 + 3, so it is **73**."), extract("First we find 70 and then", finished=False)
+    (('73', ''), (None, 'truncated'))
     """
     text = TURN_END.split(response, maxsplit=1)[0]
-    ended = finished or len(text) < len(response)
-    cut = text.rfind("</think>")
-    if text.rfind("<think>") > cut:
+    ended, thought = finished or len(text) < len(response), text.rfind("</think>")
+    if text.rfind("<think>") > thought:    # a box inside unfinished thinking is not an answer
         return None, "truncated"
-    text = text[cut + 8:] if cut >= 0 else text
-    found, open_box = boxes(text)
-    if open_box >= 0 and (not found or open_box > found[-1][0]):
+    text = text[thought + 8:].strip() if thought >= 0 else text.strip()
+    found, hanging = boxes(text)
+    if hanging > (found[-1][0] if found else -1):
         return None, "truncated"
     if found:
-        answer = last_answer_boxes(found, text)
-        return (answer, "") if answer.strip() else (None, "no_answer")
+        answer = last_boxes(found, text)
+        return (answer, "") if answer else (None, "no_answer")
     if finished is False:
         return None, "truncated"
-    answer = unboxed(text.strip(), bool(ended))
-    return (answer, "") if answer else (None, "no_answer")
-
-
-def unboxed(text: str, ended: bool) -> str | None:
-    """The answer of a finished text without a box: a marked form first, then whatever ends the text."""
-    tag = text.rfind("</answer>")
-    if tag >= 0 and (start := text.rfind("<answer>", 0, tag)) >= 0:
-        return text[start + 8:tag].strip()
-    if (mark := text.rfind("####")) >= 0:
-        return text[mark + 4:].strip().split("\n")[0].strip() or None
     tail = text[-1500:]
-    tail = tail[:CLOSING.search(tail).start()] if CLOSING.search(tail) else tail
-    done = ended or text[-1:] in ".!)]}*$" or len(text) < 150
-    if not done:
-        return None
-    said = None
-    for said in ANSWER_IS.finditer(tail):
-        pass
-    line = tail[said.end():] if said else tail.rsplit("\n", 1)[-1]
-    if said and "\n\n" in line.strip():
-        said, line = None, tail.rsplit("\n", 1)[-1]
-    line = line.strip().strip('"')
-    if m := re.search(r"\*\*([^*]{1,200})(?:\*\*)?[\s.]*$", line):
-        return m.group(1).strip()
-    if (maths := [m for m in MATH.finditer(tail)]) and len(tail[maths[-1].end():].strip(" \n.,;!*\"")) < 25:
-        inner = next(x for x in maths[-1].groups() if x)
-        rest = tail[maths[-1].end():].strip(" \n.,;!*\"")
-        if maths[-1].end() >= len(tail) - len(line):
-            return inner.strip() + (" " + rest if rest in ("%", "percent", "pct") else "")
-    if said or len(line) < 60 and try_parse(line) is not None:
-        if try_parse(line) is not None or not NUMBER.search(line):
-            return line.rstrip(".") if len(line) < 200 else None
-    if m := re.search(r"\(([A-J])\)[\s.]*$", line):
-        return m.group(1)
-    sentence = re.split(r"(?<=[a-z)])\. |\n", line)[-1]
-    numbers = list(NUMBER.finditer(sentence))
-    return sentence[numbers[-1].start():].strip(" .*") if numbers and len(sentence) < 300 else None
+    tail = tail[:CLOSING.search(tail).start()]
+    if ended or text[-1:] in tuple(".!)]}*$>") or len(text) < 150:    # a long text ending in mid-sentence was cut off
+        for pattern in UNBOXED:
+            m = pattern.match(tail) if pattern.pattern.startswith((".*", "(?:.*")) else pattern.search(tail)
+            if m and (answer := "".join(m.groups("")).strip(" $*")) and try_parse(answer):
+                return answer, ""
+    return None, "no_answer"
 
 
-# ---------------------------------------------------------------- 2. cleaning
+# ------------------------------------------------------------------ cleaning
 
-SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-UNICODE = str.maketrans({
-    "−": "-", "–": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "∙": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/",
-    "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "°": r"\degree ", "º": r"\degree ", "≤": r"\le ", "≥": r"\ge ",
-    "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "ℝ": r"\R ", "∅": r"\emptyset ", "≈": r"\approx ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
-    "⅓": r"\frac13 ", "⅔": r"\frac23 ", "′": "'", "’": "'", "，": ",", "（": "(", "）": ")", "：": ":", "⟨": r"\langle ",
-    "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ",
-    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "ω": r"\omega ",
-    "€": r"\word{euro} ", "£": r"\word{pound} ", "\u200b": "", "\ufeff": "", "\u2061": "", "\x00": "?"})
-SPACES = re.compile(r"(?<!\\)\\(?:[,;:!>~ \n]|quad\b|qquad\b|enspace\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|hspace\{[^{}]*\}"
-                    r"|phantom\{[^{}]*\})|(?<!\\)~")
-SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s*\.?(?![0-9])")
-STYLES = re.compile(r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|mathsf|vec|hat|bar|underline|f?boxed|ensuremath)\s*\{([^{}]*)\}")
-TEXTS = re.compile(r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}")
-REWRITES = [(re.compile(p), r) for p, r in [
+UNICODE = str.maketrans(dict(zip("−–‑⁄÷′’‘，（）：；", "---//''',():;")) | {c: rf"\{name} " for c, name in (pair.split("=") for pair in (
+    "×=times ·=cdot ∙=cdot ⋅=cdot √=sqrt π=pi ∞=infty °=degree º=degree ≤=le ≥=ge ⩽=le ⩾=ge ≠=ne ±=pm ∓=mp ∪=cup ∩=cap "
+    "∈=in ℝ=R ∅=emptyset ≈=approx ½=frac12 ¼=frac14 ¾=frac34 ⅓=frac13 ⅔=frac23 ⟨=langle ⟩=rangle ⌊=lfloor ⌋=rfloor "
+    "⌈=lceil ⌉=rceil …=ldots α=alpha β=beta γ=gamma δ=delta θ=theta λ=lambda μ=mu ω=omega φ=phi σ=sigma τ=tau "
+    "€=word{euro} £=word{pound}").split())} | {"\u200b": "", "\ufeff": "", "\u2061": ""} | {
+    ord(full): chr(ord(full) - 0xFEE0) for full in map(chr, range(0xFF10, 0xFF5B))})
+SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
+DOT = r"\{?\s*d\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}?"    # the upper half of dx/dt
+REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(SMALL) + "}"),
+    (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(SMALL) + "}"),
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?!\d)", " "),
+    (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
+    (r"(?<!\\)\\(?:[,;:!>~ \n]|(?:q?quad|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])|hspace\{[^{}]*\})|(?<!\\)~", " "),
+    *[(r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|underline|boxed|fbox|angle|triangle)(?![a-zA-Z])", ""),
+      (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", lambda m: said(m[1].strip(" .\\~$")))],
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
-    (r"\\(?:\(|\)|\[|\])|(?<!\\)\$", " "), (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\R "),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", r"\\degree "), (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", r"\1"),
-    (r"\\prime\s*", "'"), (r"\\ddot\s*(\{[^{}]*\}|\\?[a-zA-Z]+)", r"{\1}''"), (r"\\dot\s*(\{[^{}]*\}|\\?[a-zA-Z]+)", r"{\1}'"),
-    (r"\\frac\s*\{\s*d\s*\^\s*\{?2\}?\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}\s*\{\s*d\s*[a-z]\s*\^\s*\{?2\}?\s*\}", r"\1''"),
-    (r"\\frac\s*\{\s*d\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}\s*\{\s*d\s*[a-z]\s*\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"),
-    (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^")]]
-EXPLICIT_THOUSANDS = re.compile(r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\ )\s*(?=\d{3}(?!\d))")
-THOUSANDS = re.compile(r"(?<![\d.,_^])(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?![\d,]|\s*,\s*\d)")
-CLOCK = re.compile(r"^(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:([ap])\s*\.?\s*(?:m\s*)?\.*)?$", re.I)
+    (r"\\[()\[\]]|(?<!\\)\$", " "), (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\R "), (r"\\log10\b", r"\\log_{10}"),
+    (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?", r"\\degree "), (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", r"\1"), (r"\\prime\s*", "'"),
+    (r"\\(d?)dot\s*\{?\s*(\\?[a-zA-Z]+)\s*\}?", lambda m: f"{m[2]}''" if m[1] else f"{m[2]}'"),
+    (r"\\frac\s*\{\s*d\s*\^\s*\{?2\}?" + DOT[3:] + r"\s*\{\s*d\s*[a-z]\s*\^\s*\{?2\}?\s*\}", r"\1''"),
+    (r"\\frac\s*" + DOT + r"\s*\{\s*d\s*[a-z]\s*\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"),
+    (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"\s+", " "))]
 
 
-def text_content(m: re.Match) -> str:
-    r"""What stands for a \text{...}: a separator, plain content (numbers, lists, letters), or one word token."""
-    t = m.group(1).strip(" .\\~$")
-    if t in ("and", "or", ",", "and,"):
-        return " , " if t != "or" else r" \or "
-    if not t or re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$", t):
-        return f" {t} "
-    return rf"\word{{{t.strip('()')}}}"
+def said(text: str) -> str:
+    r"""What stands for \text{...}: a separator, plain content (numbers, lists, letters), or one word token."""
+    if text in ("and", "or", "", "and,", "or,"):
+        return r" \or " if "or" in text else " , " if text else " "
+    return f" {text} " if re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$", text) else rf"\word{{{text.strip('()')}}}"
 
 
 @functools.lru_cache(maxsize=8192)
 def clean(text: str) -> str:
-    """LaTeX and unicode noise removed; what is left uses one spelling per construct."""
-    s = re.sub(r"[\ue000-\uf8ff]", "?", text.strip())
-    s = re.sub(r"\\{2,}(?=[a-zA-Z(\[,!$%])", r"\\", s) if r"\begin" not in s else s
-    s = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group(0).translate(SUPERSCRIPT) + "}", s)
-    s = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group(0).translate(SUBSCRIPT) + "}", s).translate(UNICODE)
-    s = SIZES.sub(" ", s)
-    s = EXPLICIT_THOUSANDS.sub("", s)
-    s = SPACES.sub(" ", s)
-    for _ in range(3):
-        s = STYLES.sub(r"{\1}", s)
-        s = TEXTS.sub(text_content, s)
+    r"""One spelling per construct, noise removed.
+
+    >>> clean(r"$\left(\dfrac{1}{2},\; 90^{\circ}\right)$.")
+    '(\\frac{1}{2}, 90\\degree )'
+    """
+    if r"\begin" not in text:
+        text = re.sub(r"\\{2,}(?=[a-zA-Z(\[,!$%{])", r"\\", text)    # doubly escaped LaTeX
+    text = text.translate(UNICODE)
     for pattern, new in REWRITES:
-        s = pattern.sub(new, s)
-    s = re.sub(r"\s+", " ", s).rstrip(" .,;!*`\"").lstrip(" ,;*`\"")
-    if s.endswith(("\\", "/")):
-        s = s[:-1]
-    return s
+        text = pattern.sub(new, text)
+    return text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")
 
 
-# ---------------------------------------------------------------- 3. parsing
+# ------------------------------------------------------------------ parsing
 
-# A tree is a tuple (kind, ...): num value ulp digits sci | sym name | unit name | word text | + - * / ^ a b | neg a
-# pm a b sign | call name args | seq open items close | rel ops sides | cup cap minus a b | mat rows | base digits b
-TOKEN = re.compile(r"\s*(?:(?P<num>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|\\word\{(?P<word>[^{}]*)\}"
-                   r"|(?P<cmd>\\[a-zA-Z]+|\\\\|\\.)|(?P<name>[a-zA-Z]+)|(?P<op><=|>=|!=|==|=>|:=|\S))")
-FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan", "sinh", "cosh",
-             "tanh", "log", "ln", "lg", "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "arccot", "Re", "Im", "abs"}
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
-            "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell odot mho".split())
-RELATIONS = {"=": "=", "==": "=", ":=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", r"\le": "<=", r"\leq": "<=",
-             r"\ge": ">=", r"\geq": ">=", r"\leqslant": "<=", r"\geqslant": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=",
-             r"\neq": "!=", r"\in": "in", r"\approx": "~", r"\equiv": "=", ":": ":", r"\colon": ":"}
-PLUS = {"+", "-", r"\pm", r"\mp"}
-TIMES = {"*": "*", "/": "/", r"\cdot": "*", r"\times": "*", r"\div": "/", r"\ast": "*"}
-SETS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
-CLOSERS = {"(": ")]", "[": ")]", r"\{": (r"\}",), "{": "}", r"\langle": (r"\rangle",)}
-PLAIN_WORDS = {"or": r"\or", "and": ",", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "pi": r"\pi", "union": r"\cup"}
+# A node is a tuple: (num value ulp digits sci) (sym name) (unit name) (word text) (numeral digits base) (neg a)
+# (+ - * / ^ cup cap minus such a b) (pm a b sign) (call name args) (rel ops sides) (seq open items close) (mat rows).
+TOKEN = re.compile(r"\s*(?:(?P<numeral>(?:\d[\dA-F.]*|[A-F]+\d[\dA-F]*) ?_ ?(?:\{ ?\d+ ?\}|\d))|(?P<num>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|\\word\{(?P<word>[^{}]*)\}"
+                   r"|(?P<cmd>\\[a-zA-Z]+|\\.)|(?P<name>[^\W\d_]+)|(?P<op>[<>!=:]=|\S))")
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot asin acos atan sinh cosh tanh log ln lg exp sqrt abs".split())
+SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+              "omega Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset R ldots max min".split())
+BINARY = {op: (level, kind) for level, row in enumerate((
+    r"== :== === \equiv= << >> <=<= \le<= \leq<= \leqslant<= >=>= \ge>= \geq>= \geqslant>= \lt< \gt> !=!= \ne!= \neq!= \in∈ \approx~ ::",
+    r"\cup∪ \cap∩ \setminus∖ \backslash∖", r"++ -- \pm± \mp∓", r"** // \cdot* \times* \ast* \div/"), 1)
+    for op, kind in re.findall(r"(\S+?)([<>!]=|[=<>∈~:∪∩∖+±∓*/-])(?= |$)", row)}
+RENAMED = {"or": r"\or", "and": ",", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "pi": r"\pi"} | {
+    "\\" + old: "\\" + new for old, new in (pair.split("=") for pair in (
+        "varnothing=emptyset dots=ldots cdots=ldots lor=or land=, lvert=| rvert=| mid=| vert=| rbrack=] lbrack=[").split())}
+PAIRS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
+END = set(") ] } \\} | \\rangle \\rfloor \\rceil \\end & \\\\".split()) | {""}
 
 
 def tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text) pairs; runs of letters become known names, whole words or single-letter symbols."""
-    out = []
+    """(kind, text) of each token; runs of letters become known names, words, units, or one symbol per letter."""
+    out = [("start", "")]
     for m in TOKEN.finditer(text):
-        kind, t = m.lastgroup, m.group(m.lastgroup)
-        if kind == "num" and sum(c.isdigit() for c in t) > MAX_DIGITS:
-            raise Budget(f"a literal of {len(t)} digits, at most {MAX_DIGITS} are read")
-        if kind == "name":
-            after = text[m.end():m.end() + 12].lstrip()
-            fresh = not out or out[-1][1] in (",", r"\or", "(", "=") or out[-1][0] == "word"
-            if t in PLAIN_WORDS:
-                out.append(("cmd", PLAIN_WORDS[t]))
-            elif t in FUNCTIONS:
-                out.append(("cmd", "\\" + t))
-            elif out and (out[-1][0] == "num" or out[-1][1] in ("}", ")", "%")) and bare_unit(t, m.group(0)[0] == " ", after):
-                out.append(("word", t))
-            elif len(t) >= 3 and (t.isupper() or t[1:].islower()) and (fresh and (not after or after[0] in ",)" or after[0].isalpha())
-                                                                        or t.isupper()):
-                out.append(("word", t))
-            elif len(t) == 2 and out and out[-1][0] == "word" or len(t) == 2 and fresh and after[:1].isalpha():
-                out.append(("word", t))
-            else:
-                out.extend(split_name(t))
+        kind, t, (before, last) = m.lastgroup, m[m.lastgroup], out[-1]
+        if kind == "num" and len(t) > MAX_DIGITS:
+            raise Budget(f"a literal of {len(t)} characters, at most {MAX_DIGITS} are read")
+        kind, t = "cmd" if t in RENAMED else kind, RENAMED.get(t, t).replace("\\,", ",").replace("\\|", "|").replace("\\[", "[").replace("\\]", "]") if kind != "op" else t
+        if kind == "name" and len(t) > 1 and t[0] != "\\" and t not in FUNCTIONS:
+            after = text[m.end():m.end() + 9].lstrip()
+            fresh = before in ("start", "word") or last in (",", r"\or", "(", "=")
+            if (before == "num" or last in ("}", ")", "%")) and bare_unit(t, m[0][0] == " "):
+                kind = "word"
+            elif len(t) > 2 and t.isupper() or (len(t) > 2 or before == "word" or after[:1].isalpha()) and fresh and (
+                    not after or after[0] in ",)" or after[0].isalpha()):
+                kind = "word"
+            else:    # letters without a meaning as a word: leading function names, then single symbols
+                parts = re.findall("|".join(sorted(FUNCTIONS | {"pi"}, key=len, reverse=True)) + "|.", t)
+                out += [("cmd", "\\" + p) if len(p) > 1 else ("name", p) for p in parts]
+                continue
+        if kind == "word" and before == "word":
+            out[-1] = ("word", last + " " + t)
         else:
-            out.append((kind, t))
-    merged = []
-    for kind, t in out:
-        if kind == "word" and merged and merged[-1][0] == "word":
-            merged[-1] = ("word", merged[-1][1] + " " + t)
-        else:
-            merged.append((kind, t))
-    return merged
-
-
-def split_name(t: str) -> list[tuple[str, str]]:
-    """Letters without a meaning as a word: leading function names and pi, then one symbol per letter."""
-    out, i = [], 0
-    while i < len(t):
-        name = next((t[i:i + n] for n in (6, 4, 3, 2) if t[i:i + n] in FUNCTIONS | {"pi"} and n > 1), None)
-        out.append(("cmd", "\\" + name) if name else ("name", t[i]))
-        i += len(name) if name else 1
-    return out
-
-
-def bare_unit(t: str, spaced: bool, after: str) -> bool:
-    """Whether letters after a number are its unit: "5 cm", "12 apples", but not "5xy" or "2 mg" (m times g)."""
-    if len(t) < 2 or t in ("mg", "ms", "mn", "ab", "am", "pm", "dt", "dx"):
-        return t in ("am", "pm")
-    return unit(t)[0] != "label" or spaced and len(t) >= 4 and t.islower()
+            out.append(("cmd", t if t[0] in "\\,|[]" else "\\" + t) if t in FUNCTIONS or kind == "cmd" or t[:1] == "\\" else (kind, t))
+    return out[1:] + [("end", "")]
 
 
 class Parser:
-    """Recursive descent over the tokens of one answer. State: the position, the depth, whether inside |...|."""
+    """Precedence climbing over the tokens of one answer. State: the position, the nesting, open |...| bars, a sign count."""
 
     def __init__(self, text: str):
-        self.toks = tokens(text) + [("end", "")]
-        self.i, self.depth, self.bars = 0, 0, 0
+        self.tokens, self.i, self.depth, self.bars = tokens(text), 0, 0, False
 
-    def peek(self) -> str:
-        return self.toks[self.i][1]
+    @property
+    def next(self) -> str:
+        return self.tokens[self.i][1]
 
-    def kind(self) -> str:
-        return self.toks[self.i][0]
-
-    def take(self, want: str | None = None) -> str:
-        t = self.peek()
-        if want is not None and t != want or self.kind() == "end" and want is None:
-            raise Unparsed(f"expected {want or 'more'} but found {t or 'the end'!r}")
+    def take(self, wanted: str = "") -> str:
+        t = self.next
+        if not t or wanted and t != wanted and t not in wanted.split():
+            raise Unparsed(f"expected {wanted or 'more'} but found {t or 'the end'}")
         self.i += 1
         return t
 
-    def top(self) -> tuple:
-        items, union = self.items()
-        if self.kind() != "end":
-            raise Unparsed(f"unexpected {self.peek()!r}")
-        return items[0] if len(items) == 1 else ("seq", "or" if union else "", tuple(items), "")
-
-    def items(self) -> tuple[list, bool]:
-        """Comma separated relations. The flag says that an "or" stood between them."""
-        items, union = [], False
-        while True:
-            while self.peek() in (",", ";", r"\or", r"\land", r"\lor"):
-                union |= self.take() in (r"\or", r"\lor")
-            if self.kind() == "end" or self.peek() in (")", "]", "}", r"\}", r"\rangle", r"\end"):
-                break
-            items.append(self.relation())
-            if self.peek() not in (",", ";", r"\or", r"\land", r"\lor"):
-                break
-        if not items:
-            raise Unparsed("empty")
-        return items, union
-
-    def relation(self) -> tuple:
-        if self.peek() == r"\approx":          # "\approx 8.24": the mark says nothing the digits do not say
-            self.take()
-        sides, ops = [self.sets()], []
-        while self.peek() in RELATIONS:
-            ops.append(RELATIONS[self.take()])
-            sides.append(self.sets())
-        if "~" in ops:                         # "2/3 \approx 0.67" claims the exact value
-            keep = ops.index("~")
-            if keep == 0 and sides[0][0] in ("sym", "call"):
-                ops[0], keep = "=", ops[1:].index("~") + 1 if "~" in ops[1:] else len(ops)
-            sides, ops = sides[:keep + 1], ops[:keep]
-        return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
-
-    def sets(self) -> tuple:
-        left = self.sum()
-        while self.peek() in SETS:
-            left = (SETS[self.take()], left, self.sum())
-        return left
-
-    def sum(self) -> tuple:
+    def deeper(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Budget(f"nested deeper than {MAX_DEPTH}")
-        left = None
-        if self.peek() in PLUS:
-            op = self.take()
-            a = self.product()
-            left = a if op == "+" else ("neg", a) if op == "-" else ("pm", None, a, op)
+
+    def items(self) -> tuple:
+        """Expressions between commas up to a closing token: the one expression, or a bare list of them."""
+        found, kind = [], ""
+        while True:
+            while self.next in (",", ";", r"\or"):
+                kind = "or" if self.take() == r"\or" else kind
+            if self.next in END and (self.next != "|" or self.bars):
+                break
+            found.append(self.expression())
+            if self.next not in (",", ";", r"\or", *END):
+                raise Unparsed(f"unexpected {self.next}")
+        if not found:
+            raise Unparsed("nothing to read")
+        return found[0] if len(found) == 1 else ("seq", kind, tuple(found), "")
+
+    def expression(self, level: int = 1) -> tuple:
+        """Everything that binds at least as tightly as level: 1 relations, 2 sets, 3 sums, 4 products, 5 powers."""
+        entry = self.depth
+        self.deeper()
+        if self.next in ("-", "+", r"\pm", r"\mp"):
+            sign, inner = self.take(), self.expression(max(level, 4))
+            left = inner if sign == "+" else ("neg", inner) if sign == "-" else ("pm", None, inner, BINARY[sign][1])
         else:
-            left = self.product()
-        while self.peek() in PLUS:
-            op = self.take()
-            right = self.product()
-            left = (op, left, right) if op in "+-" else ("pm", left, right, op)
-        self.depth -= 1
+            if self.next == r"\approx" and level == 1:
+                self.take()
+            left = self.powers()
+        ops, sides = [], [left]
+        while True:
+            own, op = BINARY.get(self.next, (0, ""))
+            if own >= level:
+                self.take()
+                right = self.expression(own + 1)
+                if own == 1:
+                    ops.append(op)
+                    sides.append(right)
+                else:
+                    if op not in "+-*":
+                        self.deeper()
+                    sides[-1] = ("pm", sides[-1], right, op) if op in "±∓" else chain(op, sides[-1], right)
+            elif level <= 4 and self.starts_factor():
+                if sides[-1][0] == "word":
+                    raise Unparsed("prose")
+                sides[-1] = chain("*", sides[-1], self.powers())
+            else:
+                break
+        self.depth = entry
+        if "~" in ops[1:] or "~" in ops and sides[0][0] != "sym":    # "2/3 \approx 0.67" claims the exact value
+            ops, sides = ops[:ops.index("~", sides[0][0] == "sym")], sides[:ops.index("~", sides[0][0] == "sym") + 1]
+        return ("rel", tuple(ops).__class__("=" if o == "~" else o for o in ops), tuple(sides)) if ops else sides[0]
+
+    def starts_factor(self) -> bool:
+        """Whether the next token is multiplied on without a sign, as in 2x, 3\\sqrt{2}, 5 cm."""
+        kind, t = self.tokens[self.i]
+        if kind == "num":    # "9/1 9" and "2 3" are no products
+            return self.tokens[self.i - 1][0] != "num"
+        return kind in ("name", "word") or t in ("(", "{", r"\$", r"\langle", r"\lfloor", r"\lceil", r"\frac", r"\binom", r"\begin", "[") or (
+            t == "|" and not self.bars) or kind == "cmd" and t[1:] in FUNCTIONS | SYMBOLS
+
+    def powers(self) -> tuple:
+        left = self.atom()
+        while self.next in ("^", "!", "%", r"\%", r"\degree"):
+            t = self.take()
+            self.deeper()
+            left = ("^", left, self.argument()) if t == "^" else ("call", "!", (left,)) if t == "!" else (
+                "*", left, ("unit", "degree" if t == r"\degree" else "percent"))
         return left
 
-    def product(self) -> tuple:
-        left = self.signed()
-        while True:
-            if self.peek() in TIMES:
-                op = TIMES[self.take()]
-                left = (op, left, self.signed())
-            elif self.starts_operand(left):
-                left = ("*", left, self.power())
-            else:
-                return left
+    def argument(self, digit: bool = False) -> tuple:
+        r"""One argument: {...} or one token, of which \frac12 takes a digit and 2^10 the whole number."""
+        self.deeper()    # left to the enclosing expression to undo
+        if self.next == "{":
+            return self.bracket()
+        if self.next in ("-", "+"):
+            return ("neg", self.argument()) if self.take() == "-" else self.argument()
+        kind, t = self.tokens[self.i]
+        if kind == "num" and digit:
+            self.tokens[self.i:self.i + 1] = [("num", c) for c in (t[0], t[1:]) if c]
+        return number(self.take()) if kind == "num" else ("sym", self.take()) if kind == "name" else self.atom()
 
-    def signed(self) -> tuple:
-        if self.peek() in ("-", "+"):
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise Budget(f"nested deeper than {MAX_DEPTH}")
-            op, inner = self.take(), self.signed()
-            self.depth -= 1
-            return ("neg", inner) if op == "-" else inner
-        return self.power()
-
-    def starts_operand(self, left: tuple) -> bool:
-        """Whether the next token can be multiplied on without a sign between."""
-        kind, t = self.toks[self.i]
+    def atom(self) -> tuple:
+        kind, t = self.tokens[self.i]
         if kind == "num":
-            return left[0] not in ("num", "mixed") and self.toks[self.i - 1][0] != "num"
-        if kind in ("name", "word") or t in ("(", "{", r"\{", r"\%", "%", r"\$", r"\langle", r"\lfloor", r"\lceil", r"\lvert", r"\degree"):
-            return t != r"\{"
-        if t == "|":
-            return self.bars == 0
-        return kind == "cmd" and (t[1:] in FUNCTIONS or t[1:] in GREEK or t in (
-            r"\frac", r"\pi", r"\binom", r"\infty", r"\begin", r"\overline"))
-
-    def power(self) -> tuple:
-        left = self.atom()
-        while True:
-            t = self.peek()
-            if t == "^":
-                self.take()
-                self.depth += 1
-                if self.depth > MAX_DEPTH:
-                    raise Budget(f"nested deeper than {MAX_DEPTH}")
-                left = ("^", left, self.argument(whole=True))
-                self.depth -= 1
-            elif t == "!":
-                self.take()
-                left = ("call", "!", (left,))
-            elif t in (r"\%", "%", r"\degree"):
-                self.take()
-                left = ("*", left, ("unit", "degree" if t == r"\degree" else "percent"))
-            else:
-                return left
-
-    def argument(self, whole: bool = False) -> tuple:
-        r"""One LaTeX argument: {...}, or a single token, of which \frac12 takes one digit and 2^10 the number."""
-        if self.peek() == "{":
-            return self.group()
-        if self.peek() == "-" and whole:
-            self.take()
-            return ("neg", self.argument(True))
-        kind, t = self.toks[self.i]
-        if kind == "num" and not whole and len(t) > 1:
-            self.toks[self.i:self.i + 1] = [("num", t[0]), ("num", t[1:])]
-        return self.atom(bare=True)
-
-    def group(self) -> tuple:
-        self.take("{")
-        items, _ = self.items()
-        self.take("}")
-        return items[0] if len(items) == 1 else ("seq", "", tuple(items), "")
-
-    def atom(self, bare: bool = False) -> tuple:
-        kind, t = self.toks[self.i]
-        if kind == "num":
-            return self.number(bare)
-        if kind == "word":
-            self.i += 1
-            prev = self.toks[self.i - 2][0] if self.i >= 2 else "end"
-            return ("word", t) if self.i == 1 or self.toks[self.i - 2][1] in (",", "(", r"\or", "=", r"\{", "{") and prev != "num" else units(t)
-        if kind == "name" or kind == "cmd" and t[1:] in GREEK:
-            return self.symbol(bare)
-        if t in ("(", "[", r"\{", r"\langle", "{"):
-            return self.brackets()
+            return self.number()
+        if kind == "numeral":
+            digits, base = re.findall(r"[\dA-F.]+", self.take())
+            places = len(digits.partition(".")[2])
+            try:    # the base is an unknown factor, so that 204_5 equals neither 204_6 nor 54
+                return ("*", exact(Fraction(int(digits.replace(".", ""), int(base)), int(base) ** places)), ("sym", "base " + base))
+            except ValueError as why:
+                raise Unparsed(str(why)) from why
+        if kind == "name" or kind == "cmd" and t[1:] in SYMBOLS:
+            return self.symbol()
+        if t in PAIRS:
+            return self.bracket()
         self.take()
-        if t in ("|", r"\lvert"):
-            return self.fence("abs", "|" if t == "|" else r"\rvert")
-        if t in (r"\lfloor", r"\lceil"):
-            return self.fence(t[2:], "\\r" + t[2:])
+        if kind == "word":
+            fresh = self.i < 2 or self.tokens[self.i - 2][1] in (",", "(", r"\or", "=", r"\{", "{")
+            if fresh and len(t.split()) > 4:
+                raise Unparsed(f"prose: {t}")
+            return ("word", t) if fresh else units(t)
+        if t in ("|", r"\lfloor", r"\lceil"):
+            bars, self.bars = self.bars, t == "|"
+            inner = self.expression(2)
+            self.take(t.replace(r"\l", r"\r"))
+            self.bars = bars
+            return ("call", {"|": "abs"}.get(t, t[2:]), (inner,))
+        if t in (r"\frac", r"\binom"):
+            pair = self.argument(True), self.argument(True)
+            return ("/", *pair) if t == r"\frac" else ("call", "binom", pair)
         if t == r"\$":
             return ("unit", "dollar")
         if t == r"\begin":
             return self.matrix()
         if t == r"\overline":
-            return ("call", "overline", (self.argument(),))
-        if t in (r"\pi", r"\infty", r"\emptyset", r"\varnothing", r"\R", r"\ldots", r"\dots", r"\cdots"):
-            return ("sym", {r"\varnothing": "emptyset", r"\dots": "ldots", r"\cdots": "ldots"}.get(t, t[1:]))
-        if t in (r"\frac", r"\binom"):
-            top, bottom = self.argument(), self.argument()
-            return ("/", top, bottom) if t == r"\frac" else ("call", "binom", (top, bottom))
-        if t == r"\sqrt":
-            return self.root()
-        if t[:1] == "\\" and t[1:] in FUNCTIONS:
+            return self.argument()
+        if t[1:] in FUNCTIONS:
             return self.function(t[1:])
-        raise Unparsed(f"cannot read {t!r}")
+        raise Unparsed(f"cannot read {t}")
 
-    def number(self, bare: bool) -> tuple:
-        """A literal; behind it a base (204_5), repeating digits (0.\\overline{3}) or the fraction of a mixed number."""
-        t = self.take()
-        node = literal(t)
-        nxt = self.toks[self.i:self.i + 5]
-        if bare:
-            return node
-        if self.peek() == "_":
+    def number(self) -> tuple:
+        r"""A literal, and behind it a base (204_5), a period (0.\overline{3}) or the fraction of a mixed number."""
+        text = self.take()
+        node, here = number(text), self.i
+        if self.next == r"\overline" and "." in text:
             self.take()
-            base = self.argument(whole=True)
-            if base[0] != "num" or base[1].denominator != 1:
-                raise Unparsed("a subscript that is no base")
-            return ("base", t, int(base[1]))
-        if self.peek() == r"\overline" and "." in t:
-            self.take()
-            rep = self.argument(whole=True)
-            places = len(t.split(".")[1])
-            digits = len(str(rep[1])) if rep[0] == "num" else 0
-            if not digits:
-                raise Unparsed("overline without digits")
-            return ("num", node[1] + rep[1] / (10 ** places * (10 ** digits - 1)), None, 0, False)
-        if node[2] is None and len(nxt) > 2 and (nxt[0][1] == r"\frac" or nxt[0][0] == "num" and nxt[1][1] == "/" and nxt[2][0] == "num"):
-            mark = self.i
-            toks = list(self.toks)
-            if nxt[0][1] == r"\frac":
-                part = self.atom()
-            else:
-                part = ("/", literal(self.take()), (self.take(), literal(self.take()))[1])
-            if all(p[0] == "num" and p[2] is None for p in part[1:]) and 0 < part[1][1] < part[2][1]:
-                return ("num", node[1] + part[1][1] / part[2][1], None, 0, False)
-            self.i, self.toks = mark, toks
+            period = self.argument()
+            places, digits = len(text.split(".")[1]), len(str(period[1]))
+            return exact(node[1] + Fraction(period[1]) / (10 ** places * (10 ** digits - 1)))
+        following = self.tokens[self.i:self.i + 3]
+        if node[2] is None and (self.next == r"\frac" or [k for k, _ in following][::2] == ["num"] * 2 and following[1][1] == "/"):
+            saved = list(self.tokens)
+            part = self.atom() if self.next == r"\frac" else ("/", number(self.take()), (self.take("/"), number(self.take()))[1])
+            if part[1][:1] == part[2][:1] == ("num",) and 0 < part[1][1] < part[2][1] and part[1][2] is part[2][2] is None:
+                return exact(node[1] + part[1][1] / part[2][1])
+            self.tokens, self.i = saved, here
         return node
 
-    def symbol(self, bare: bool) -> tuple:
-        """A letter with its subscript and primes; f(x) is a call where the letter usually names a function."""
+    def symbol(self) -> tuple:
+        """A letter with subscript and primes. x(3), f(t), \\theta(t) are calls; n(n-1) and a(b) are products."""
         name = self.take().lstrip("\\")
-        if self.peek() == "_":
-            self.take()
+        while self.next in ("_", "'"):
             start = self.i
-            self.argument(whole=True)
-            name += "_" + "".join(t for _, t in self.toks[start:self.i] if t not in "{}")
-        while self.peek() == "'":
-            name += self.take()
-        if bare or self.peek() != "(":
-            return ("sym", name)
-        inside = self.toks[self.i + 1:self.i + 3]
-        if len(inside) == 2 and inside[1][1] == ")" and name != "i" and (
-                inside[0][0] == "num" or name[0] in "fghFGHPQpquyvIT" and inside[0][0] == "name" or len(name) > 2) or name in ("f", "g", "h"):
+            if self.take() == "_":
+                self.argument()
+            name += "".join(t for _, t in self.tokens[start:self.i] if t not in "{}")
+        inside = self.tokens[self.i + 1:self.i + 3]
+        if self.next == "(" and name != "i" and (name in ("f", "g", "h") or len(inside) == 2 and inside[1][1] == ")" and (
+                inside[0][0] == "num" or inside[0][0] == "name" and (name[0] in "fghFGHPQpquyvxIT" or len(name) > 1))):
             self.take("(")
-            items, _ = self.items()
+            args = self.items()
             self.take(")")
-            return ("call", "?" + name, tuple(items))
+            return ("call", "?" + name, args[2] if args[:2] == ("seq", "") else (args,))
         return ("sym", name)
 
-    def brackets(self) -> tuple:
-        open_ = self.take()
-        if open_ == r"\{" and self.peek() == r"\}":
+    def bracket(self) -> tuple:
+        opened, bars = self.take(), self.bars
+        if opened == r"\{" and self.next == r"\}":
             self.take()
             return ("sym", "emptyset")
-        bars, self.bars = self.bars, 0
-        items, _ = self.items()
-        if open_ == r"\{" and self.peek() in ("|", r"\mid"):
+        self.bars = opened == r"\{"    # inside a set a bar separates the condition
+        inner = self.items()
+        if opened == r"\{" and self.next == "|":
             self.take()
-            cond, union = self.items()
-            self.take(r"\}")
-            self.bars = bars
-            return ("such", items[0], ("seq", "or" if union else "", tuple(cond), ""))
+            inner = ("such", inner, self.items())
+        elif opened == r"\{" and inner[0] == "rel" and inner[1][0] == ":":
+            inner = ("such", inner[2][0], ("rel", inner[1][1:], inner[2][1:]))
         self.bars = bars
-        close = self.take()
-        if close not in CLOSERS[open_]:
-            raise Unparsed(f"{open_} closed by {close}")
-        if open_ == r"\{" and len(items) == 1 and items[0][0] == "rel" and items[0][1][0] == ":":
-            return ("such", items[0][2][0], ("rel", items[0][1][1:], items[0][2][1:]))
-        if len(items) == 1 and open_ in "([{" and (open_ + close) in ("()", "[]", "{}"):
-            return items[0]
-        if open_ == r"\langle":
-            open_, close = "(", ")"
-        return ("seq", "" if open_ == "{" else open_, tuple(items), "" if open_ == "{" else close)
-
-    def fence(self, name: str, close: str) -> tuple:
-        bars, self.bars = self.bars, 1 if close == "|" else 0
-        inner = self.sum()
-        self.take(close)
-        self.bars = bars
-        return ("call", name, (inner,))
-
-    def root(self) -> tuple:
-        degree = None
-        if self.peek() == "[":
-            self.take()
-            degree = self.sum()
-            self.take("]")
-        inner = self.argument(whole=True) if self.peek() != "(" else self.brackets()
-        return ("call", "root", (inner, degree) if degree else (inner,))
+        close = self.take(" ".join(PAIRS[opened]) if opened in "([" else PAIRS[opened])
+        items = inner[2] if inner[0] == "seq" and inner[1] in ("", "or") and inner[3] == "" else (inner,)
+        if inner[0] == "such" or opened == "{" or len(items) == 1 and opened + close in ("()", "[]"):
+            return inner
+        return ("seq", *(("(", items, ")") if opened == r"\langle" else (opened, items, close)))
 
     def function(self, name: str) -> tuple:
-        power = base = None
-        while self.peek() in ("^", "_"):
-            if self.take() == "^":
-                power = self.argument(whole=True)
-            else:
-                base = self.argument(whole=True)
-        if self.peek() in ("(", "{", "["):
-            arg = self.brackets() if self.peek() != "{" else self.group()
+        r"""\sin^2 x, \log_2 8, \sqrt[3]{x}, \ln(2x), \sin 2\pi t: a bracket is the whole argument, else a product is."""
+        power = extra = None
+        while self.next in ("^", "_") or self.next == "[" and name == "sqrt":
+            t = self.take()
+            power, extra = (self.argument(), extra) if t == "^" else (power, self.items() if t == "[" else self.argument())
+            if t == "[":
+                self.take("]")
+        if self.next in PAIRS:
+            arg = self.bracket()
         else:
-            arg = self.signed() if self.peek() == "-" else self.power()
-            while self.starts_operand(arg) and self.peek()[1:] not in FUNCTIONS and self.kind() != "word":
-                arg = ("*", arg, self.power())
-        args = arg[2] if arg[0] == "seq" else (arg,)
-        if power is not None and power[0] == "neg" and power[1][:2] == ("num", 1):
-            return ("call", "arc" + name, args)
-        node = ("call", name, args + ((base,) if base else ()))
-        return ("^", node, power) if power is not None else node
+            arg = self.argument() if name == "sqrt" else self.expression(5)
+            while name != "sqrt" and self.starts_factor() and self.next[1:] not in FUNCTIONS and self.tokens[self.i][0] != "word":
+                arg = chain("*", arg, self.powers())
+        if power == ("neg", exact(1)):
+            name, power = "a" + name, None
+        node = ("call", name, (arg, extra) if extra else (arg,))
+        return ("^", node, power) if power else node
 
     def matrix(self) -> tuple:
         self.take("{")
-        env = ""
-        while self.peek() != "}":
-            env += self.take()
-        self.take("}")
-        if not re.fullmatch(r"[pbBv]?(small)?matrix|array", env):
-            raise Unparsed(f"environment {env}")
-        if env == "array" and self.peek() == "{":
-            while self.take() != "}":
-                pass
-        rows, row = [], []
-        while self.peek() != r"\end":
-            if self.peek() == r"\\":
-                self.take()
-                rows.append(tuple(row))
-                row = []
-            elif self.peek() == "&":
-                self.take()
-            else:
-                row.append(self.relation())
-        rows = [r for r in rows + [tuple(row)] if r]
-        self.take()
+        start = self.i
         while self.take() != "}":
             pass
-        if not rows or len({len(r) for r in rows}) != 1:
+        name = "".join(t for _, t in self.tokens[start:self.i - 1])
+        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "Bmatrix"):
+            raise Unparsed(f"environment {name}")
+        if name == "array" and self.next == "{":
+            while self.take() != "}":
+                pass
+        rows = [[]]
+        while self.next != r"\end":
+            if self.next in ("&", r"\\"):
+                rows += [[]] if self.take() == r"\\" else []
+            else:
+                rows[-1].append(self.expression())
+        while self.take() != "}":
+            pass
+        rows = [tuple(r) for r in rows if r]
+        if not rows or len(set(map(len, rows))) > 1:
             raise Unparsed("a matrix with rows of unequal length")
-        return ("mat", tuple(rows)) if env != "vmatrix" else ("call", "det", (("mat", tuple(rows)),))
+        return ("mat", tuple(rows))
 
 
-def literal(t: str) -> tuple:
-    """("num", value, unit in the last place or None, significant digits, written with an exponent)."""
-    mantissa, _, exponent = t.lower().partition("e")
-    if exponent and abs(int(exponent)) > 5000:
-        raise Budget(f"exponent {exponent} in a literal, at most 5000")
-    scale = Fraction(10) ** int(exponent or 0)
-    whole, dot, frac = mantissa.partition(".")
-    value = Fraction(int((whole + frac) or 0), 10 ** len(frac)) * scale
-    if not frac and not exponent:
-        return ("num", value, None, 0, False)
-    return ("num", value, scale / 10 ** len(frac), len((whole + frac).lstrip("0")), bool(exponent))
+def chain(op: str, left: tuple, right: tuple) -> tuple:
+    """Sums and products have any number of terms, so that a long one is wide and not deep."""
+    if op == "-":
+        op, right = "+", ("neg", right)
+    return (*left, right) if op in "+*" and left[0] == op else (op, left, right)
 
 
-# ---------------------------------------------------------------- 4. units
+def exact(x) -> tuple:
+    return ("num", Fraction(x), None, 0, False)
 
-DIMENSIONS = {  # dimension: "name=factor" in a common base unit; names that never need a prefix
-    "1": "percent=1/100 pct=1/100 degree=pi deg=pi percentage=1/100 unit=1 radian=1 rad=1 time=1 piece=1",
-    "L": "inch=.0254 in=.0254 foot=.3048 feet=.3048 ft=.3048 yard=.9144 yd=.9144 mile=1609.344 mi=1609.344 pc=3.0857e16 "
-         "au=1.496e11 angstrom=1e-10 Å=1e-10 ly=9.4607e15",
-    "T": "min=60 minute=60 hour=3600 hr=3600 h=3600 day=86400 week=604800 month=2629800 year=31557600 yr=31557600 sec=1 second=1",
-    "M": "pound=.45359237 lb=.45359237 lbs=.45359237 ounce=.028349523 oz=.028349523 ton=1000 tonne=1000 gm=.001",
-    "$": "dollar=1 cent=1/100 buck=1 usd=1", "C": "°C=1 celsius=1 degC=1", "F": "°F=1 fahrenheit=1", "€": "euro=1",
-    "E": "erg=1e-7 cal=4.184 calorie=4.184"}
-SI = {"m": "L", "meter": "L", "metre": "L", "s": "T", "second": "T", "g": "M", "gram": "M", "L": "V", "l": "V", "liter": "V",
-      "litre": "V", "J": "E", "joule": "E", "W": "W", "watt": "W", "V": "U", "volt": "U", "A": "A", "ampere": "A", "N": "N",
-      "newton": "N", "Pa": "P", "pascal": "P", "Hz": "Hz", "hertz": "Hz", "eV": "eV", "mol": "mol", "mole": "mol", "K": "K",
-      "kelvin": "K", "ohm": "ohm", "T": "Tesla", "pc": "L", "bit": "bit", "byte": "byte", "bar": "P", "coulomb": "Q"}
-PREFIX = {"n": -9, "nano": -9, "u": -6, "μ": -6, "micro": -6, "m": -3, "milli": -3, "c": -2, "centi": -2, "d": -1, "k": 3,
-          "kilo": 3, "M": 6, "mega": 6, "G": 9, "giga": 9, "T": 12}
-UNITS = {name: (dim, factor) for dim, row in DIMENSIONS.items() for name, factor in (f.split("=") for f in row.split())}
-STOP = set("is are not the if or but maybe probably answer no than to so because then since therefore question".split())
+
+def number(text: str) -> tuple:
+    """A literal as (num, value, unit in the last place or None if an integer, significant digits, has an exponent)."""
+    mantissa, _, power = text.lower().partition("e")
+    whole, _, decimals = mantissa.partition(".")
+    if len(power) > 4 or not (whole + decimals).isascii():
+        raise Budget(f"exponent {power}, at most 3 digits")
+    ulp = Fraction(10) ** (int(power or 0) - len(decimals))
+    value = int(whole + decimals or 0) * ulp
+    return ("num", value, ulp, len((whole + decimals).lstrip("0")), bool(power)) if decimals or power else exact(value)
+
+
+# ------------------------------------------------------------------ units
+
+# dimension: name=size in one common unit of the dimension. A word in no row is a label: apples agree only with apples.
+UNITS = {name: (dim, size) for dim, row in {
+    "": "percent=.01 pct=.01 percentage=.01 degree=deg deg=deg unit=1 rad=1 radian=1 time=1",
+    "L": "m=1 meter=1 metre=1 inch=.0254 inches=.0254 in=.0254 foot=.3048 feet=.3048 ft=.3048 yard=.9144 yd=.9144 mile=1609.344 "
+         "mi=1609.344 pc=3.0857e16 parsec=3.0857e16 au=1.496e11 angstrom=1e-10", "V": "l=1 liter=1 litre=1 L=1",
+    "T": "s=1 sec=1 second=1 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 month=2629800 year=31557600 yr=31557600",
+    "M": "g=1 gram=1 gm=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523 ton=1e6", "$": "dollar=1 cent=.01 cents=.01",
+    "E": "J=1 joule=1 erg=1e-7 cal=4.184 calorie=4.184", "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1",
+    "N": "N=1 newton=1 dyne=1e-5", "P": "Pa=1 pascal=1 bar=1e5 atm=101325", "f": "Hz=1 hertz=1", "eV": "eV=1", "mol": "mol=1 mole=1",
+}.items() for name, size in (pair.split("=") for pair in row.split())}
+PREFIXES = {p: f"e{n}" for n, names in {-9: "n nano", -6: "u μ micro", -3: "m milli", -2: "c centi", 3: "k kilo", 6: "M mega", 9: "G giga"
+                                        }.items() for p in names.split()}
+PROSE = set("is are not the if or but maybe probably answer no than to so because then since therefore i we it".split())
 
 
 @functools.lru_cache(maxsize=1024)
 def unit(word: str) -> tuple[str, str]:
-    """(dimension, factor) of one unit word; ("label", word) for a noun such as apples."""
-    for w in (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es")):
+    """(dimension, size) of a unit word with its plural and SI prefix; a label is a dimension of its own."""
+    for w in (word, word.lower(), word.removesuffix("s").lower(), word.removesuffix("s")):
         if w in UNITS:
             return UNITS[w]
-        if w in SI:
-            return SI[w], "1/1000" if SI[w] == "M" else "1"
         for n in (5, 4, 1):
-            if w[:n] in PREFIX and w[n:] in SI and len(w) > n:
-                return SI[w[n:]], f"1e{PREFIX[w[:n]] - 3 * (SI[w[n:]] == 'M')}"
-    return "label", word.lower().removesuffix("s")
+            if w[:n] in PREFIXES and UNITS.get(w[n:], ("", ""))[1] == "1":
+                return UNITS[w[n:]][0], "1" + PREFIXES[w[:n]]
+    return "label " + word.lower().removesuffix("s"), "1"
+
+
+def bare_unit(word: str, spaced: bool) -> bool:
+    """Whether letters behind a number are its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
+    if word in ("mg", "ms", "mm", "gm", "mW", "mV", "au", "cal", "pc") and not spaced or word in ("mg", "ms", "ab"):
+        return word == "mm"
+    return not unit(word)[0].startswith("label") or spaced and len(word) > 3 and word.islower() or word in ("am", "pm", "mph")
 
 
 def units(text: str) -> tuple:
-    """The unit tree of a phrase: "square inches", "miles per hour", "m/s", "students"."""
-    words = re.findall(r"[^\W\d_]+|[/^()-]|\d+|°[CF]?", text.replace("mph", "mile per hour").replace("km/h", "km/hour"))
-    if len(words) > 8 or STOP & {w.lower() for w in words} or not words:
-        raise Unparsed(f"prose after a number: {text!r}")
-    node, op, power, prev = None, "*", 1, None
+    """The tree of a unit phrase behind a number: "square inches", "miles per hour", "m/s", "students"."""
+    words = re.findall(r"[^\W\d_]+|/|\d+", text.replace("mph", "mile per hour"))
+    if not words or len(words) > 8 or PROSE & {w.lower() for w in words}:
+        raise Unparsed(f"prose behind a number: {text}")
+    node, op, power = exact(1), "*", 1
     for w in words:
-        low = w.lower()
-        if low in ("per", "/"):
+        if w in ("per", "/"):
             op = "/"
-        elif low in ("square", "sq", "squared", "cubic", "cubed"):
-            exponent = 2 if low.startswith("sq") else 3
-            if low.endswith("ed") and node:
-                node = ("^", node, ("num", Fraction(exponent), None, 0, False))
-            else:
-                power = exponent
-        elif w.isdigit() and node:
-            node = ("^", node, ("num", Fraction(int(w[:2])), None, 0, False))
-        elif w not in "^()-" and w not in ("of", "a", "an", "in") or len(words) == 1:
-            u = ("unit", w)
-            if power != 1:
-                u, power = ("^", u, ("num", Fraction(power), None, 0, False)), 1
-            node = (op, node or ("num", Fraction(1), None, 0, False), u)
-            op = "*"
-    return node or ("unit", "unit")
-
-
-# ---------------------------------------------------------------- 5. values
-
-LOCAL = threading.local()      # mpmath contexts carry their precision as state, so every thread owns one
-
-
-def mp():
-    """This thread's 400-bit mpmath context (mpmath comes with sympy); made on first use."""
-    if not hasattr(LOCAL, "mp"):
-        from mpmath.ctx_mp import MPContext
-        LOCAL.mp = MPContext()
-        LOCAL.mp.prec = PREC
-    return LOCAL.mp
-
-
-class Env:
-    """Where an expression is evaluated: which sample point, whether units count, and the work done so far."""
-
-    def __init__(self, point: int = 0, with_units: bool = False, work: list | None = None):
-        self.point, self.with_units, self.work = point, with_units, work if work is not None else [0]
-
-    def symbol(self, name: str) -> Fraction:
-        """A fixed "random" rational per name and point; points 2 and 3 include negative numbers, so that
-        sqrt(x^2) differs from x."""
-        h = zlib.crc32(f"{name}@{self.point}".encode())
-        size = Fraction(400 + h % 3001, 997)
-        return -size if self.point == 2 or self.point == 3 and h % 2 else size
-
-
-def big(x):
-    """A float of this thread's precision; exact fractions are converted."""
-    return mp().mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
-
-
-def size2(x) -> int:
-    """log2 of |x|, rounded up; -10**9 for 0."""
-    if isinstance(x, Fraction):
-        return x.numerator.bit_length() - x.denominator.bit_length() + 1 if x else -10**9
-    return mp().mag(x) if x else -10**9
-
-
-def shrink(x):
-    return big(x) if isinstance(x, Fraction) and max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS else x
-
-
-def add(a, b):
-    if isinstance(a, tuple) or isinstance(b, tuple):
-        if not (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and len(a[0]) == len(b[0])):
-            raise Undefined("matrix + number")
-        return tuple(tuple(add(x, y) for x, y in zip(r, s)) for r, s in zip(a, b))
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return shrink(a + b)
-    a, b = big(a), big(b)
-    c = a + b
-    if mp().isinf(a) or mp().isinf(b) or not a or not b:
-        return c
-    high, low = max(size2(a), size2(b)), min(size2(a), size2(b))
-    if high - low > SAME_BITS - 10:
-        raise Budget("a sum of terms too different in size to be told apart")
-    return Fraction(0) if size2(c) < high - SAME_BITS else c
-
-
-def mul(a, b):
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        if len(a[0]) != len(b):
-            raise Undefined("matrix sizes")
-        return tuple(tuple(functools.reduce(add, (mul(x, r[j]) for x, r in zip(row, b))) for j in range(len(b[0]))) for row in a)
-    if isinstance(a, tuple) or isinstance(b, tuple):
-        m, k = (a, b) if isinstance(a, tuple) else (b, a)
-        return tuple(tuple(mul(x, k) for x in row) for row in m)
-    return shrink(a * b) if isinstance(a, Fraction) and isinstance(b, Fraction) else big(a) * big(b)
-
-
-def div(a, b):
-    if isinstance(b, tuple) or not b:
-        raise Undefined("division by zero")
-    return mul(a, Fraction(1) / b if isinstance(b, Fraction) else 1 / b)
-
-
-def power(a, b):
-    if isinstance(a, tuple):
-        if not isinstance(b, Fraction) or b.denominator != 1 or not 1 <= b <= 20:
-            raise Undefined("matrix power")
-        return functools.reduce(mul, [a] * int(b))
-    if isinstance(b, tuple):
-        raise Undefined("matrix exponent")
-    if not a:
-        if isinstance(b, Fraction) and b > 0:
-            return Fraction(0)
-        raise Undefined("0 to a power that is not positive") if b else Undefined("0^0")
-    bits = abs(size2(a)) + 1
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        if b.denominator == 1 and max(a.numerator.bit_length(), a.denominator.bit_length()) * abs(b.numerator) <= MAX_BITS:
-            return a ** b.numerator
-    if size2(b) > 64 or (bits + 8) * 2 ** max(0, size2(b)) > 2 ** 64:
-        raise Budget("a power too large")
-    return mp().power(big(a), big(b))
-
-
-def call(name: str, args: list, env: Env):
-    """A named function of evaluated arguments, each within the range where it costs microseconds."""
-    m, x = mp(), args[0]
-    if isinstance(x, tuple):
-        if name == "det" and len(x) == len(x[0]) <= 6:
-            return determinant(x)
-        raise Undefined(f"{name} of a matrix")
-    if name.startswith("?"):           # an unknown function: any fixed generic one will do
-        h = zlib.crc32(name.encode())
-        return functools.reduce(add, (mul(Fraction(h % (89 + i) + 1, 7 + i), mul(a, add(a, Fraction(h % 13 + i, 3))))
-                                      for i, a in enumerate(args)))
-    if name in ("!", "binom") and max(size2(a) for a in args) > 40:
-        raise Budget("a factorial too large")
-    if name == "!":
-        if isinstance(x, Fraction) and x.denominator == 1:
-            if x < 0:
-                raise Undefined("factorial of a negative number")
-            if x <= 2000:
-                return Fraction(math.factorial(int(x)))
-        return m.gamma(big(x) + 1)
-    if name == "binom":
-        n, k = args
-        if all(isinstance(a, Fraction) and a.denominator == 1 for a in args) and 0 <= n <= 3000:
-            return Fraction(math.comb(int(n), int(k))) if k >= 0 else Fraction(0)
-        return m.binomial(big(n), big(k))
-    if name in ("max", "min", "gcd", "lcm"):
-        if not all(isinstance(a, Fraction) for a in args) or name in ("gcd", "lcm") and any(a.denominator != 1 for a in args):
-            raise Undefined(f"{name} of these arguments")
-        return {"max": max, "min": min}[name](args) if name in ("max", "min") else Fraction(getattr(math, name)(*map(int, args)))
-    if name in ("floor", "ceil"):
-        if size2(x) > PREC - 60 or not isinstance(x, Fraction) and m.im(x):
-            raise Budget("floor of a huge number")
-        return Fraction(math.floor(x) if name == "floor" else math.ceil(x)) if isinstance(x, Fraction) else Fraction(int(getattr(m, name)(x)))
-    if name == "abs":
-        return abs(x)
-    if name == "root":
-        degree = args[1] if len(args) > 1 else Fraction(2)
-        if not isinstance(degree, Fraction) or not degree:
-            return power(x, div(Fraction(1), degree))
-        real = isinstance(x, Fraction) or not m.im(x)
-        if real and degree.denominator == 1 and degree.numerator % 2 and big(x) < 0:
-            return -power(-x, 1 / degree)
-        if degree == 2 and isinstance(x, Fraction) and x >= 0:
-            top, low = math.isqrt(x.numerator), math.isqrt(x.denominator)
-            if top * top == x.numerator and low * low == x.denominator:
-                return Fraction(top, low)
-        return power(x, 1 / degree)
-    return elementary(name, big(x), args[1:])
-
-
-def elementary(name: str, x, rest: list):
-    m = mp()
-    if name in ("log", "ln", "lg"):
-        if not x:
-            raise Undefined("log 0")
-        base = big(rest[0]) if rest else m.mpf(10) if name == "lg" else None
-        if base is not None and (not base or base == 1):
-            raise Undefined("log base")
-        return m.log(x) / m.log(base) if base is not None else m.log(x)
-    if size2(x) > (60 if name in ("exp", "sinh", "cosh", "tanh") else 1000):
-        raise Budget(f"{name} of a huge number")
-    name = re.sub(r"^arc(?=sin|cos|tan)", "a", name.replace("arcsinh", "asinh"))
-    name = {"arccot": "acot", "acot": "acot", "Re": "re", "Im": "im"}.get(name, name)
-    try:
-        return getattr(m, name)(x)
-    except (AttributeError, ZeroDivisionError) as why:
-        raise Undefined(f"{name}: {why}") from why
-
-
-def determinant(rows):
-    if len(rows) == 1:
-        return rows[0][0]
-    minors = (tuple(r[:j] + r[j + 1:] for r in rows[1:]) for j in range(len(rows)))
-    return functools.reduce(add, (mul(mul(Fraction((-1) ** j), rows[0][j]), determinant(mn)) for j, mn in enumerate(minors)))
-
-
-def value(node: tuple, env: Env):
-    """The value of a tree: a Fraction while exact, an mpmath number otherwise, a tuple of tuples for a matrix."""
-    env.work[0] += 1
-    if env.work[0] > MAX_WORK:
-        raise Budget(f"more than {MAX_WORK} evaluations")
-    kind = node[0]
-    if kind == "num":
-        return node[1]
-    if kind == "sym":
-        return {"pi": lambda: +mp().pi, "e": lambda: +mp().e, "i": lambda: mp().mpc(0, 1), "infty": lambda: mp().inf}.get(
-            node[1], lambda: env.symbol(node[1]))()
-    if kind == "unit":
-        dim, factor = unit(node[1])
-        if not env.with_units or node[1] in ("unit", "units"):
-            return Fraction(1)
-        if dim == "label":
-            return env.symbol("unit:" + factor)
-        scale = mp().pi / 180 if factor == "pi" else Fraction(factor)
-        return scale if dim == "1" else mul(scale, env.symbol("unit:" + dim))
-    if kind == "neg":
-        return mul(Fraction(-1), value(node[1], env))
-    if kind in "+-":
-        right = value(node[2], env)
-        return add(value(node[1], env), right if kind == "+" else mul(Fraction(-1), right))
-    if kind == "*":
-        return mul(value(node[1], env), value(node[2], env))
-    if kind == "/":
-        return div(value(node[1], env), value(node[2], env))
-    if kind == "^":
-        return power(value(node[1], env), value(node[2], env))
-    if kind == "call":
-        inner = env if env.with_units or node[1].startswith("?") else Env(env.point, True, env.work)
-        return call(node[1], [value(a, inner) for a in node[2]], env)
-    if kind == "mat":
-        return tuple(tuple(value(c, env) for c in row) for row in node[1])
-    raise Undefined(f"{kind} has no value")
-
-
-# ---------------------------------------------------------------- 6. comparison
-
-
-def walk(node):
-    """All tuples of a tree, the root first."""
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n and isinstance(n[0], str):
-            yield n
-        stack.extend(c for c in n if isinstance(c, tuple))
-
-
-def expand(node: tuple) -> list[tuple]:
-    r"""The variants of a tree with \pm: both signs of each, coupled when a \mp shows that they belong together."""
-    signs = [n for n in walk(node) if n[0] == "pm"]
-    if not signs:
-        return [node]
-    if len(signs) > 4:
-        raise Budget("more than 4 signs \\pm")
-    linked = any(n[3] == r"\mp" for n in signs)
-
-    def pick(n, choice):
-        if not isinstance(n, tuple):
-            return n
-        if n and n[0] == "pm":
-            k = 0 if linked else next(i for i, s in enumerate(signs) if s is n)
-            plus = choice[k] != (n[3] == r"\mp")
-            a = pick(n[2], choice)
-            if n[1] is None:
-                return a if plus else ("neg", a)
-            return ("+" if plus else "-", pick(n[1], choice), a)
-        return tuple(pick(c, choice) for c in n)
-    count = 1 if linked else len(signs)
-    return [pick(node, [bool(bits >> k & 1) for k in range(count)]) for bits in range(2 ** count)]
-
-
-def members(node: tuple) -> list[tuple] | None:
-    """The elements of a bare list or a set in braces, with every \\pm written out; None for anything else."""
-    if node[0] == "seq" and node[1] in ("", "or", r"\{"):
-        return [v for item in node[2] for v in (members(item) if item[0] == "seq" and item[1] == "" else expand(item))]
-    if node[0] == "rel" and node[1] == ("=",) and named(node[2][0]) and (inner := members(node[2][1])):
-        return inner
-    variants = expand(node)
-    return variants if len(variants) > 1 else None
-
-
-def named(node: tuple) -> bool:
-    """Whether a left side only gives the answer a name: x, f(x), (x, y)."""
-    return node[0] == "sym" and node[1] not in ("pi", "e", "i", "infty") or node[0] == "call" and node[1][0] == "?" or (
-        node[0] == "seq" and all(named(n) for n in node[2])) or node[0] == "word"
-
-
-def unname(node: tuple) -> tuple:
-    """`x = 3`, `f(x) = 3`, `x \\in S` and a chain `x = 1 + 2 = 3` without the name: the last side."""
-    while node[0] == "rel" and (node[1] == ("in",) or set(node[1]) == {"="} and (named(node[2][0]) or len(node[1]) > 1)):
-        node = node[2][-1]
+        elif w in ("square", "sq", "cubic"):
+            power = 3 if w == "cubic" else 2
+        elif w.isdigit() or w in ("squared", "cubed"):
+            node = (node[0], node[1], ("^", node[2], exact({"squared": 2, "cubed": 3}.get(w) or int(w[:1])))) if len(node) == 3 else node
+        elif w not in ("of", "a", "an") or len(words) == 1:
+            node, op, power = (op, node, ("^", ("unit", w), exact(power)) if power > 1 else ("unit", w)), "*", 1
     return node
 
 
-def approx(node: tuple) -> tuple | None:
-    """The one literal that carries the precision of a number like -2.68, 4.5 \\times 10^{33} or 5.0 cm."""
-    if node[0] == "num":
-        return node if node[2] is not None else None
-    if node[0] == "neg":
-        return approx(node[1])
-    if node[0] in "*/" and all(n[0] in ("num", "unit", "*", "/", "^", "neg") for n in walk(node)):
-        found = [n for n in walk(node) if n[0] == "num" and n[2] is not None]
-        if len(found) == 1:
-            ten = any(n[0] == "^" and n[1][:2] == ("num", 10) for n in walk(node))
-            return found[0][:4] + (found[0][4] or ten,)
-    return None
+# ------------------------------------------------------------------ values
+
+LOCAL = threading.local()
+
+
+def real():
+    """This thread's mpmath context (mpmath comes with sympy). A context holds its precision as state while it computes,
+    so threads must not share one."""
+    if not hasattr(LOCAL, "mp"):
+        from mpmath.ctx_mp import MPContext
+        LOCAL.mp = MPContext()
+        LOCAL.mp.prec = PRECISIONS[0]
+    return LOCAL.mp
+
+
+class At(NamedTuple):
+    point: object    # which sample point, or the value that every symbol takes
+    units: bool      # whether units have their sizes or count as 1
+    work: list       # [cost so far] of the whole verdict
+
+
+def sample(name: str, point):
+    """A fixed "random" number for a name. The points have negative and large ones too, where |x - 500| is not 500 - x."""
+    if not isinstance(point, int):
+        return point
+    h, scale = zlib.crc32(f"{name}@{point}".encode()), (1, -1, 41, 13, 1009, 100_003)[point]
+    return real().mpf((400 + h % 3001) * scale * (-1 if point in (3, 5) and h % 2 else 1)) / 997
+
+
+def spend(at: At, cost: int) -> None:
+    at.work[0] += cost
+    if at.work[0] > MAX_WORK:
+        raise Budget(f"more work than {MAX_WORK}")
+
+
+def add(a, b):
+    """a + b, exactly 0 where all but rounding cancels. A term lost in the rounding of the other is refused, because
+    2^9999 + 1 would otherwise equal 2^9999."""
+    m = real()
+    total = a + b
+    if isinstance(total, m.matrix) or not a or not b or m.isinf(a) or m.isinf(b):
+        return total
+    high, low = max(m.mag(a), m.mag(b)), min(m.mag(a), m.mag(b))
+    if high - low > m.prec - 120:
+        raise Absorbed("a sum of terms too different in size")
+    return m.mpf(0) if not total or m.mag(total) < high - m.prec + 100 else total
+
+
+def power(a, b):
+    m = real()
+    if isinstance(a, m.matrix):
+        if b not in range(1, 9) or a.rows != a.cols:
+            raise Unparsed("a power of a matrix")
+        return a ** int(b)
+    if not a:
+        if m.re(b) > 0:
+            return a
+        raise Unparsed("a power of 0")
+    if max(m.mag(b), m.mag(m.mag(a))) > 64:
+        raise Budget("a power too large")
+    return m.power(a, b)
+
+
+def call(name: str, x: list, point):
+    """A function of values, each within the range where it costs microseconds."""
+    m, a = real(), x[0]
+    if name[0] == "?":    # an unknown function is any fixed generic one
+        h = zlib.crc32(name.encode())
+        return point if not isinstance(point, int) else sum((h % 89 + 1 + i + (v + h % 7) * v * (i + 3) / 7 for i, v in enumerate(x)), m.mpf(0))
+    if any(isinstance(v, m.matrix) or m.isinf(v) for v in x):
+        raise Unparsed(f"{name} of this")
+    if name in ("!", "binom"):
+        if all(m.isint(v) and 0 <= v <= 2000 for v in x):
+            return m.mpf((math.factorial if name == "!" else math.comb)(*map(int, x)))
+        if max(map(m.mag, x)) > 40 or m.prec > PRECISIONS[0]:
+            raise Budget("a factorial too large")
+        return m.factorial(a) if name == "!" else m.binomial(*x)
+    if name in ("floor", "ceil"):
+        if m.im(a) or m.mag(a) > m.prec // 2:
+            raise Unparsed("no floor")
+        return getattr(m, name)(m.nint(a) if abs(a - m.nint(a)) < m.ldexp(1, 60 - m.prec // 2) else a)
+    if name == "sqrt":
+        degree = x[1] if len(x) > 1 else m.mpf(2)
+        odd = not m.im(a) and m.re(a) < 0 and m.isint(degree) and int(degree) % 2
+        return -power(-a, 1 / degree) if odd else power(a, 1 / degree)
+    if name in ("log", "ln", "lg"):
+        return m.log(a) / m.log(x[1] if len(x) > 1 else 10) if len(x) > 1 or name == "lg" else m.log(a)
+    if m.mag(a) > (60 if name in ("exp", "sinh", "cosh", "tanh") else 900):
+        raise Budget(f"{name} of a huge number")
+    return abs(a) if name == "abs" else getattr(m, re.sub("^a(?:rc)?(?=sin|cos|tan|cot)", "a", name))(a)
+
+
+def value(node: tuple, at: At):
+    """The value of a tree: an mpmath number or matrix. Errors: Unparsed where it has none, Budget over the limits."""
+    kind, m = node[0], real()
+    spend(at, 200 if kind == "call" and node[1] in ("!", "binom") else 10 if kind in ("call", "^") else 1)
+    if kind == "num":
+        return m.mpf(node[1].numerator) / node[1].denominator
+    if kind == "sym":
+        known = {"pi": m.pi, "e": m.e, "i": m.j, "infty": m.inf}
+        return +known[node[1]] if node[1] in known else sample(node[1], at.point)
+    if kind == "unit":
+        dim, size = unit(node[1])
+        scale = m.pi / 180 if size == "deg" else m.mpf(Fraction(size).numerator) / Fraction(size).denominator
+        return m.mpf(1) if not at.units else scale * sample("unit " + dim, at.point) if dim else scale
+    if kind == "mat":
+        return m.matrix([[value(cell, at) for cell in row] for row in node[1]])
+    try:
+        if kind == "call":    # inside a function a degree is always a degree: sin 30^\circ
+            return call(node[1], [value(arg, at._replace(units=True)) for arg in node[2]], at.point)
+        x = [value(arg, at) for arg in node[1:]]
+        if kind in ("neg", "^", "/"):
+            return -x[0] if kind == "neg" else power(*x) if kind == "^" else x[0] / x[1]
+        if kind in ("+", "*"):
+            return functools.reduce(add if kind == "+" else lambda a, b: a * b, x)
+    except (ZeroDivisionError, TypeError, AttributeError, ValueError) as why:    # log 0, gamma poles, matrix sizes
+        if isinstance(why, Budget):
+            raise
+        raise Unparsed(f"no value: {why}") from why
+    raise Unparsed(f"{kind} has no value")
+
+
+def walk(tree: tuple):
+    """Every node of a tree."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        if node and isinstance(node[0], str):
+            yield node
+        stack.extend(part for part in node if isinstance(part, tuple))
+
+
+def names(*trees: tuple) -> set[str]:
+    return {n[1] for t in trees for n in walk(t) if n[0] == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
+
+
+# ------------------------------------------------------------------ comparison of expressions
+
+
+def measure(node: tuple) -> tuple | None:
+    """The one literal that carries the precision of -2.68, 5.0 cm or 4.5 \\times 10^{33}; None for anything else."""
+    parts = list(walk(node))
+    inexact = [n for n in parts if n[0] == "num" and n[2] is not None]
+    if len(inexact) != 1 or any(n[0] not in ("num", "unit", "neg", "*", "/", "^") for n in parts):
+        return None
+    return inexact[0][:4] + (inexact[0][4] or any(n[0] == "^" and n[1] == exact(10) for n in parts),)
 
 
 def close(x, y, gold: tuple, answer: tuple) -> bool:
-    """Whether the values x (gold) and y (answer) agree, by the precision rule in the module docstring."""
-    if mp().isinf(big(x)) or mp().isinf(big(y)):
+    """Whether the values x of gold and y of answer agree under the precision rule of the module docstring."""
+    m = real()
+    if m.isinf(x) or m.isinf(y):
         return x == y
-    if isinstance(x, Fraction) and isinstance(y, Fraction) and x == y:
-        return True
-    diff = add(x, mul(Fraction(-1), y))
-    if not diff:
-        return True
-    if not x or not y:
-        return False
-    off = abs(big(diff)) / abs(big(x))
-    a, g = approx(answer), approx(gold)
-    if a is not None and a[1]:
-        ulp = a[2] / abs(a[1])
-        if a[3] >= 6 and (off <= big(ulp) / 2 or off <= 1e-14):
+    d = add(x, -y)
+    if not d or not x or not y:
+        return not d
+    off, mine, measured = abs(d / x), measure(answer), measure(gold)
+    decimals = [n for n in walk(answer) if n[0] == "num" and n[2] is not None]
+    if decimals and min(n[3] for n in decimals) >= 6:
+        if not mine or not mine[1]:
+            return bool(off < 1e-6)
+        ulp = m.mpf(mine[2].numerator) / mine[2].denominator / abs(m.mpf(mine[1].numerator) / mine[1].denominator)
+        cut_off = not measured and abs(y) < abs(x) and off < ulp and not m.almosteq(m.nint(x / (ulp * y)), x / (ulp * y), 1e-9)
+        if off <= ulp / 2 or off < 1e-14 or cut_off:
             return True
-        if a[3] >= 6 and g is None and off <= big(ulp) and abs(big(y)) < abs(big(x)) and not isinstance(x, Fraction):
-            return True
-        if a[3] >= 6 and g is None and off <= big(ulp) and isinstance(x, Fraction) and x.denominator != 1 and abs(big(y)) < abs(big(x)):
-            return True
-    elif any(n[0] == "num" and n[2] is not None for n in walk(answer)):
-        if all(n[3] >= 6 for n in walk(answer) if n[0] == "num" and n[2] is not None) and off <= 1e-6:
-            return True
-    if g is not None and (g[4] or g[3] >= 2 and g[1].denominator != 1):
-        fine = a is None or a[2] / abs(a[1] or 1) <= g[2] / abs(g[1]) * Fraction(1001, 1000)
-        return bool(fine and off <= big(g[2] / abs(g[1])) / 2 * (1 + mp().mpf(2) ** -60))
+    if measured and measured[1] and (measured[4] or measured[3] > 1 and measured[1].denominator > 1):
+        ulp = abs(measured[2] / measured[1])
+        fine = not mine or not mine[1] or abs(mine[2] / mine[1]) <= ulp * Fraction(11, 10)    # 4e33 says less than 4.5e33
+        return fine and bool(off <= m.mpf(ulp.numerator) / ulp.denominator / 2 * (1 + m.ldexp(1, -60)))
     return False
 
 
 def equal(gold: tuple, answer: tuple, work: list) -> bool:
-    """Equality of two expressions: by value, or at four points when they have symbols."""
-    has = [{n[1] for n in walk(t) if n[0] == "unit"} for t in (gold, answer)]
-    free = {n[1] for t in (gold, answer) for n in walk(t) if n[0] == "sym"} - {"pi", "e", "i", "infty"}
-    modes = [True] if all(has) else [False, True] if any(has) else [False]
-    return any(all_points(gold, answer, mode, bool(free) or any(has) and mode, work) for mode in modes)
-
-
-def all_points(gold: tuple, answer: tuple, with_units: bool, sampled: bool, work: list) -> bool:
-    agreed = 0
-    for point in range(4 if sampled else 1):
-        try:
-            x, y = (value(t, Env(point, with_units, work)) for t in (gold, answer))
-        except Undefined:
-            continue
-        if isinstance(x, tuple) or isinstance(y, tuple):
-            if not (isinstance(x, tuple) and isinstance(y, tuple)) or [len(r) for r in x] != [len(r) for r in y]:
-                return False
-            if not all(close(p, q, gold, answer) for r, s in zip(x, y) for p, q in zip(r, s)):
-                return False
-            agreed += 1
-            continue
-        # sqrt(1/n) and 1/sqrt(n) part only where the formulas leave the reals, which is not their domain
-        if point >= 2 and agreed and (mp().im(big(x)) or mp().im(big(y))):
-            continue
-        if not close(x, y, gold, answer):
-            return False
-        agreed += 1
-    return agreed > 0
-
-
-def same(gold: tuple, answer: tuple, work: list) -> bool:
-    """Whether two trees mean the same answer. Containers are compared here, their elements recursively."""
-    g, a = members(gold), members(answer)
-    if g is not None and a is not None:
-        if inequalities(gold) and inequalities(answer):
-            return regions(gold, answer, work)
-        return unordered(g, a, work)
-    gold_, answer_ = unname(gold), unname(answer)
-    if gold[0] == "rel" and answer[0] == "rel":
-        return relations(gold, answer, work)
-    if (g is None) != (a is None):
-        pair, other = (g, answer_) if g is not None else (a, gold_)
-        if other[0] == "seq" and other[1] == "(" and gold_[1] != r"\{" and answer_[1] != r"\{":   # "1, 3" for the pair (1, 3)
-            pair = [unname(p) for p in pair]
-            return len(pair) == len(other[2]) and all(same(*((p, o) if g is not None else (o, p)), work) for p, o in zip(pair, other[2]))
-        if other[0] in ("cup", "minus", "such") or inequalities(gold) or inequalities(answer):
-            return regions(gold, answer, work)
-        return len(pair) == 1 and (same(pair[0], answer_, work) if g is not None else same(gold_, pair[0], work))
-    gold, answer = gold_, answer_
-    kinds = {gold[0], answer[0]}
-    if kinds & {"rel", "cup", "cap", "minus", "such"} or any(t[:2] in (("sym", "R"), ("sym", "emptyset")) for t in (gold, answer)):
-        return regions(gold, answer, work)
-    if kinds == {"seq"}:
-        if (gold[1], gold[3]) != (answer[1], answer[3]) or len(gold[2]) != len(answer[2]):
-            return False
-        return all(same(x, y, work) for x, y in zip(gold[2], answer[2]))
-    if kinds == {"mat"}:
-        return [len(r) for r in gold[1]] == [len(r) for r in answer[1]] and all(
-            same(x, y, work) for r, s in zip(gold[1], answer[1]) for x, y in zip(r, s))
-    if kinds == {"mat", "seq"}:
-        m, t = (gold, answer) if gold[0] == "mat" else (answer, gold)
-        column = [r[0] for r in m[1]] if len(m[1][0]) == 1 else ()
-        return t[1] == "(" and len(column) == len(t[2]) and all(same(x, y, work) for x, y in zip(column, t[2]))
-    if "word" in kinds or "base" in kinds:
-        return plain(gold) == plain(answer) is not None
-    if "seq" in kinds:
-        return False
-    return equal(gold, answer, work)
-
-
-def plain(node: tuple) -> str | None:
-    """The letters of a text answer, or the digits and base of a numeral, as one comparable string."""
-    if node[0] == "base":
-        return f"{node[1].lstrip('0')}_{node[2]}"
-    return re.sub(r"[^a-z0-9]", "", node[1].lower()) if node[0] in ("word", "sym") else None
-
-
-def unordered(gold: list, answer: list, work: list) -> bool:
-    """Equal as collections: same number of elements, each matched with a different partner."""
-    if len(gold) != len(answer):
-        return False
-    left = list(answer)
-    for g in gold:
-        for i, a in enumerate(left):
-            if same(g, a, work):
-                del left[i]
+    """Equality by value. Units count when both sides have them, and 28% is also 0.28, 90 degrees also pi/2."""
+    has = [any(n[0] == "unit" for n in walk(t)) for t in (gold, answer)]
+    for with_units in [True] if all(has) else [False, True] if any(has) else [False]:
+        agreed = 0
+        for point in range(6 if names(gold, answer) or with_units else 1):
+            try:
+                x, y = (value(t, At(point, with_units, work)) for t in (gold, answer))
+            except (Unparsed, Absorbed) as why:    # e^x + 1 has no usable value at the large points
+                if isinstance(why, Absorbed) and not agreed:
+                    raise
+                continue
+            m = real()
+            cells = [(x, y)]
+            if isinstance(x, m.matrix) or isinstance(y, m.matrix):
+                fits = isinstance(x, m.matrix) and isinstance(y, m.matrix) and (x.rows, x.cols) == (y.rows, y.cols)
+                cells = list(zip(x, y)) if fits else [(m.mpf(0), m.mpf(1))]
+            # sqrt(1/n) and 1/sqrt(n) differ only where they leave the reals, which is not their domain
+            elif agreed and (m.im(x) or m.im(y)):
+                continue
+            if not all(close(p, q, gold, answer) for p, q in cells):
+                agreed = 0
                 break
-        else:
-            return False
-    return True
-
-
-def relations(gold: tuple, answer: tuple, work: list) -> bool:
-    """Equations agree up to a non-zero factor; inequalities as regions, else side by side."""
-    ops = set(gold[1]) | set(answer[1])
-    if ops == {"="}:
-        g, a = gold[2], answer[2]
-        if named(g[0]) and named(a[0]):
-            names = [t[0][1].lstrip("?") if t[0][0] == "sym" else t[0] for t in (g, a)]
-            if names[0] == names[1] or {g[0][0], a[0][0]} == {"call", "sym"} or g[0][0] == "seq" == a[0][0] and same(g[0], a[0], work):
-                return same(g[-1], a[-1], work)
-        if len(gold[1]) == len(answer[1]) and all(same(x, y, work) for x, y in zip(g, a)):
-            return True
-        return len(g) == len(a) == 2 and proportional(("-", *g), ("-", *a), work)
-    if ops == {":"}:
-        if len(gold[1]) != len(answer[1]):
-            return False
-        return all(same(("/", gold[2][0], x), ("/", answer[2][0], y), work) for x, y in zip(gold[2][1:], answer[2][1:]))
-    if region(gold, work) is not None and region(answer, work) is not None:
-        return regions(gold, answer, work)
-    flip = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-    for ops_, sides in ((answer[1], answer[2]), (tuple(flip.get(o, o) for o in reversed(answer[1])), answer[2][::-1])):
-        if gold[1] == ops_ and all(same(x, y, work) for x, y in zip(gold[2], sides)):
+            agreed += 1
+        if agreed:
             return True
     return False
 
 
 def proportional(f: tuple, g: tuple, work: list) -> bool:
-    """Whether f = c g with a constant c other than 0, at four points."""
+    """Whether f = c g with one constant c other than 0: the equations f = 0 and g = 0 are the same."""
     ratios = []
-    for point in range(4):
+    for point in range(6):
         try:
-            x, y = value(f, Env(point, True, work)), value(g, Env(point, True, work))
-            ratios.append(div(x, y) if x else Fraction(0))
-        except Undefined:
+            x, y = value(f, At(point, True, work)), value(g, At(point, True, work))
+        except (Unparsed, Absorbed):
             continue
-    free = [{n[1] for n in walk(t) if n[0] == "sym"} - {"pi", "e", "i"} for t in (f, g)]
-    if len(ratios) < 2 or not ratios[0] or isinstance(ratios[0], tuple) or free[0] != free[1] or not free[0]:
-        return False
-    return all(not isinstance(r, tuple) and not add(r, mul(Fraction(-1), ratios[0])) for r in ratios[1:])
+        if isinstance(x, real().matrix) or isinstance(y, real().matrix) or not x or not y:
+            return False
+        ratios.append(x / y)
+    return len(ratios) > 1 and names(f) == names(g) != set() and not any(add(r, -ratios[0]) for r in ratios)
 
 
-# Regions of the real line: sorted disjoint pieces (low, low_closed, high, high_closed) with values as ends.
+# ------------------------------------------------------------------ comparison of sets of reals
 
-def inequalities(node: tuple) -> bool:
+
+def compares(node: tuple) -> bool:
     """Whether a node is an inequality or a list of nothing but inequalities."""
-    if node[0] == "seq" and node[1] in ("", "or"):
-        return all(inequalities(n) for n in node[2])
-    return node[0] == "rel" and not set(node[1]) & {"=", "in", ":", "~"}
+    if node[0] == "seq":
+        return node[1] in ("", "or") and all(map(compares, node[2]))
+    return node[0] == "rel" and not set(node[1]) & set("=∈:")
 
 
-def regions(gold: tuple, answer: tuple, work: list) -> bool:
-    g, a = region(gold, work), region(answer, work)
-    if g is None or a is None or len(g) != len(a):
+def borders(node: tuple, work: list) -> list:
+    """The finite numbers at which membership in the set can change: ends, elements and roots of linear inequalities."""
+    out, m = [], real()
+    for n in walk(node):
+        if n[0] == "seq" and n[1] in ("(", "[", r"\{"):
+            if names(n):
+                raise Unparsed("an end that is not a number")
+            out += [value(end, At(0, False, work)) for end in n[2]]
+        elif n[0] == "rel" and n[1] != ("∈",):
+            for left, right in zip(n[2], n[2][1:]):
+                at = [value(left, At(m.mpf(x), False, work)) - value(right, At(m.mpf(x), False, work)) for x in range(3)]
+                if any(map(m.isinf, at)):
+                    continue
+                if not add(at[1], -at[0]) or add(add(at[2], -at[1]), add(at[0], -at[1])):
+                    raise Unparsed("an inequality that is not linear")
+                out.append(-at[0] / (at[1] - at[0]))
+    if any(m.im(x) for x in out):
+        raise Unparsed("a complex end")
+    return [x for x in out if not m.isinf(x)]
+
+
+def inside(node: tuple, x, work: list) -> bool:
+    """Whether the number x belongs to the set."""
+    kind = node[0]
+    if kind == "rel" and node[1] == ("∈",):
+        return inside(node[2][1], x, work)
+    if kind == "rel":
+        sides = [value(side, At(x, False, work)) for side in node[2]]
+        gaps = [a - b if real().isinf(a) or real().isinf(b) else add(a, -b) for a, b in zip(sides, sides[1:])]
+        return all({"<": g < 0, "<=": g <= 0, ">": g > 0, ">=": g >= 0, "!=": g != 0}[op] for op, g in zip(node[1], gaps))
+    if kind == "such":
+        return inside(node[2], x, work)
+    if kind in "∪∩∖":
+        a, b = (inside(n, x, work) for n in node[1:])
+        return a or b if kind == "∪" else a and b if kind == "∩" else a and not b
+    if kind == "seq" and compares(node):
+        return (any if node[1] == "or" else all)([inside(n, x, work) for n in node[2]])
+    if kind == "seq" and node[1]:
+        ends = [value(n, At(0, False, work)) for n in node[2]]
+        gaps = [x - e if real().isinf(e) else add(x, -e) for e in ends]
+        if node[1] == r"\{":
+            return not all(gaps)
+        if len(ends) == 2 and ends[0] <= ends[1]:
+            return (gaps[0] >= 0 if node[1] == "[" else gaps[0] > 0) and (gaps[1] <= 0 if node[3] == "]" else gaps[1] < 0)
+    if node in (("sym", "R"), ("sym", "emptyset")) or kind == "word" and "real" in node[1]:
+        return node[1] != "emptyset"
+    raise Unparsed("not a set of numbers")
+
+
+def same_set(gold: tuple, answer: tuple, work: list) -> bool:
+    """Whether two sets of reals agree: at every border of either, between neighbours and beyond the ends."""
+    try:
+        unknown = [{n[1] for n in walk(t) if n[0] == "call" and n[1][0] == "?"} or names(t) for t in (gold, answer)]
+        if max(map(len, unknown)) > 1:
+            return False
+        edges = sorted(borders(gold, work) + borders(answer, work)) or [real().mpf(0)]
+        grid = [edges[0] - 1, *edges, edges[-1] + 1, *(add(a, b) / 2 for a, b in zip(edges, edges[1:]) if add(a, -b))]
+        rows = [[inside(t, x, work) for x in grid] for t in (gold, answer)]
+        for k, t in enumerate((gold, answer)):    # "x < 1, x > 3" cannot mean both at once
+            if t[0] == "seq" and compares(t) and not any(rows[k]):
+                rows[k] = [any(inside(n, x, work) for n in t[2]) for x in grid]
+        return rows[0] == rows[1]
+    except Unparsed:
         return False
-    num = ("num", Fraction(0), None, 0, False)
-    return all(p[1] == q[1] and p[3] == q[3] and close(p[0], q[0], num, num) and close(p[2], q[2], num, num) for p, q in zip(g, a))
 
 
-def region(node: tuple, work: list) -> list | None:
-    """The set of reals a node describes, or None when it does not describe one."""
-    inf = mp().inf
-    if node[0] == "rel":
-        if node[1] == ("in",):
-            return region(node[2][1], work)
-        return inequality(node, work)
-    if node[:2] == ("sym", "R"):
-        return [(-inf, False, inf, False)]
-    if node[:2] == ("sym", "emptyset"):
-        return []
-    if node[0] == "word":
-        return [(-inf, False, inf, False)] if plain(node) in ("allrealnumbers", "allreals", "realnumbers") else None
-    if node[0] == "such":
-        return region(node[2], work)
-    if node[0] in ("cup", "cap", "minus"):
-        parts = [region(n, work) for n in node[1:]]
-        if None in parts:
-            return None
-        return merge(parts[0] + parts[1]) if node[0] == "cup" else intersect(
-            parts[0], parts[1] if node[0] == "cap" else complement(parts[1]))
-    if node[0] != "seq":
-        return None
-    if inequalities(node):
-        parts = [region(n, work) for n in node[2]]
-        if None in parts:
-            return None
-        both = functools.reduce(intersect, parts)
-        return merge(sum(parts, [])) if node[1] == "or" or not both else both
-    ends = [real(n, work) for n in node[2]]
-    if None in ends:
-        return None
-    if node[1] == r"\{":
-        return merge([(e, True, e, True) for e in ends])
-    if node[1] in ("(", "[") and len(ends) == 2 and big(ends[0]) <= big(ends[1]):
-        return merge([(ends[0], node[1] == "[", ends[1], node[3] == "]")])
-    return None
+# ------------------------------------------------------------------ comparison of answers
 
 
-def real(node: tuple, work: list):
-    """The value of a real constant, None for anything else."""
-    if any(n[0] in ("seq", "rel", "pm", "word", "base", "mat") or n[0] == "sym" and n[1] not in ("pi", "e", "infty") for n in walk(node)):
-        return None
-    try:
-        x = value(node, Env(0, False, work))
-    except Undefined:
-        return None
-    return x if isinstance(x, Fraction) or not mp().im(x) else None
+def variants(node: tuple) -> list[tuple]:
+    r"""A tree with \pm as its readings: both signs of each, coupled when a \mp shows that they belong together."""
+    signs = [n for n in walk(node) if n[0] == "pm"]
+    linked = any(n[3] == "∓" for n in signs)
+    if len(signs) > 4:
+        raise Budget(r"more than 4 signs \pm")
+
+    def pick(n, plus):
+        if not isinstance(n, tuple) or n[:1] != ("pm",):
+            return tuple(pick(part, plus) for part in n) if isinstance(n, tuple) else n
+        positive = plus >> (0 if linked else [s is n for s in signs].index(True)) & 1 != (n[3] == "∓")
+        term = pick(n[2], plus)
+        return (term if positive else ("neg", term)) if n[1] is None else ("+", pick(n[1], plus), term if positive else ("neg", term))
+    return [pick(node, plus) for plus in range(2 ** (min(1, len(signs)) if linked else len(signs)))]
 
 
-def inequality(node: tuple, work: list) -> list | None:
-    """A chain of inequalities, each linear in the same one symbol, as a region; None if it is not that."""
-    names = {n[1] for n in walk(node) if n[0] == "sym"} - {"pi", "e", "infty"}
-    if len(names) != 1 or any(n[0] in ("call", "seq", "word", "pm") for n in walk(node)):
-        calls = {n for n in walk(node) if n[0] == "call" and n[1][0] == "?"}
-        if len(calls) != 1 or calls.isdisjoint(node[2]) or len(names) > 1:
-            return None
-    out, inf = [(-mp().inf, False, mp().inf, False)], mp().inf
-    for op, left, right in zip(node[1], node[2], node[2][1:]):
-        if op not in ("<", "<=", ">", ">=", "!="):
-            return None
-        bound, factor = linear_root(left, right, work)
-        if bound is None:
-            return None
-        if factor < 0:
-            op = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(op, op)
-        piece = {"<": [(-inf, False, bound, False)], "<=": [(-inf, False, bound, True)], ">": [(bound, False, inf, False)],
-                 ">=": [(bound, True, inf, False)], "!=": [(-inf, False, bound, False), (bound, False, inf, False)]}[op]
-        out = intersect(out, merge(piece))
-    return out
+def named(node: tuple) -> bool:
+    """Whether a left side only names the answer: x, f(x), (x, y), AB, |AB|, V_1/V_2; 11a + c and 2x do not."""
+    return names(node) != set() and all(n[0] in ("sym", "seq", "call", "*", "/") for n in walk(node)) or node[0] == "word" or (
+        node[0] == "call" and node[1][0] == "?")
 
 
-def linear_root(left: tuple, right: tuple, work: list):
-    """(root, slope) of left - right when it is linear in its symbol; an infinite side is its own root."""
-    if left[0] in ("sym", "call") and (r := real(right, work)) is not None:
-        return r, 1
-    if right[0] in ("sym", "call") and (r := real(left, work)) is not None:
-        return r, -1
-    xs, ys = [], []
-    try:
-        for point in range(3):
-            env = Env(point, False, work)
-            xs.append(env.symbol(next(n[1] for n in walk(("-", left, right)) if n[0] == "sym" and n[1] not in ("pi", "e", "i"))))
-            ys.append(value(("-", left, right), env))
-    except (Undefined, StopIteration):
-        return None, 0
-    slope = div(add(ys[1], mul(Fraction(-1), ys[0])), xs[1] - xs[0])
-    other = div(add(ys[2], mul(Fraction(-1), ys[0])), xs[2] - xs[0])
-    if not slope or isinstance(slope, tuple) or add(slope, mul(Fraction(-1), other)) or mp().im(big(slope)):
-        return None, 0
-    return add(xs[0], mul(Fraction(-1), div(ys[0], slope))), 1 if big(slope) > 0 else -1
+def unnamed(node: tuple) -> tuple:
+    r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction."""
+    while node[0] == "rel" and ("=" in node[1] and set(node[1]) <= set("=:") and (named(node[2][0]) or len(node[1]) > 1) or node[1] == ("∈",)):
+        cut = len(node[1]) - node[1][::-1].index("=") if "=" in node[1] else 1
+        node = ("rel", node[1][cut:], node[2][cut:]) if node[1][cut:] else node[2][-1]
+    return ("/", *node[2]) if node[0] == "rel" and node[1] == (":",) else node
 
 
-def merge(pieces: list) -> list:
-    """Sorted pieces with overlapping or touching ones joined and empty ones dropped."""
-    kept = [p for p in pieces if big(p[0]) < big(p[2]) or p[0] == p[2] and p[1] and p[3]]
-    out = []
-    for p in sorted(kept, key=lambda p: (big(p[0]), not p[1])):
-        if out and (big(p[0]) < big(out[-1][2]) or p[0] == out[-1][2] and (p[1] or out[-1][3])):
-            last = out[-1]
-            high, closed = max((big(last[2]), last[3]), (big(p[2]), p[3]))
-            out[-1] = (last[0], last[1], last[2] if high == big(last[2]) else p[2], closed)
-        else:
-            out.append(p)
-    return out
+def members(node: tuple) -> list[tuple] | None:
+    r"""The elements of a bare list, of a set in braces or of what \pm stands for; None for a single answer."""
+    if node[0] == "rel" and node[1] == ("=",) and named(node[2][0]):
+        node = node[2][1] if members(node[2][1]) else node
+    if node[0] == "seq" and node[1] in ("", "or", r"\{"):
+        return [v for item in node[2] for v in (members(item) or [item])]
+    found = variants(node)
+    return found if len(found) > 1 else None
 
 
-def intersect(a: list, b: list) -> list:
-    out = []
-    for p in a:
-        for q in b:
-            low, high = max((p, q), key=lambda t: (big(t[0]), not t[1])), min((p, q), key=lambda t: (big(t[2]), t[3]))
-            out.append((low[0], low[1], high[2], high[3]))
-    return merge(out)
+def same(gold: tuple, answer: tuple, work: list) -> bool:
+    """Whether two trees are the same answer: containers element by element, everything else by value."""
+    spend(At(0, False, work), 1)
+    if compares(gold) or compares(answer) or any(t[0] in ("∪", "∩", "∖", "such") or t in (("sym", "R"), ("sym", "emptyset"))
+                                                 for t in map(unnamed, (gold, answer))):
+        return same_set(gold, answer, work) or gold[0] == answer[0] == "rel" and same_chain(gold, answer, work)
+    g, a = members(gold), members(answer)
+    if g and a:
+        g, left = list(dict.fromkeys(g)), list(dict.fromkeys(a))
+        for item in g if len(g) == len(left) else ():
+            match = next((i for i, other in enumerate(left) if same(item, other, work)), None)
+            if match is None:
+                return False
+            del left[match]
+        return not left
+    if gold[0] == answer[0] == "rel" and not g and not a and ("=" in gold[1]) == ("=" in answer[1]):
+        return same_chain(gold, answer, work)
+    x, y = unnamed(gold), unnamed(answer)
+    if g or a:
+        pair, other = [unnamed(item) for item in g or a], y if g else x
+        if other[0] == "seq" and other[1] == "(" and (x if g else y)[1] != r"\{":    # 1, 3 for the pair (1, 3)
+            return len(pair) == len(other[2]) and all(same(*(p, o) if g else (o, p), work) for p, o in zip(pair, other[2]))
+        return len(pair) == 1 and (same(pair[0], y, work) if g else same(x, pair[0], work))
+    if x[0] == "seq" == y[0]:
+        return x[1::2] == y[1::2] and len(x[2]) == len(y[2]) and all(same(p, q, work) for p, q in zip(x[2], y[2]))
+    if {x[0], y[0]} in ({"mat"}, {"mat", "seq"}):    # a column is also a tuple
+        rows = [[(c,) for c in t[2]] if t[0] == "seq" and t[1] == "(" else list(t[1]) for t in (x, y)]
+        return [len(r) for r in rows[0]] == [len(r) for r in rows[1]] and all(
+            same(p, q, work) for r, s in zip(*rows) for p, q in zip(r, s))
+    if "word" in (x[0], y[0]):
+        texts = [re.sub(r"[^a-z0-9]", "", t[1].lower()) if t[0] in ("word", "sym") else "" for t in (x, y)]
+        return texts[0] == texts[1] != ""
+    return x[0] not in ("seq", "rel") and y[0] not in ("seq", "rel") and equal(x, y, work)
 
 
-def complement(a: list) -> list:
-    inf, out, low, closed = mp().inf, [], -mp().inf, False
-    for p in a:
-        out.append((low, closed, p[0], not p[1]))
-        low, closed = p[2], not p[3]
-    return merge(out + [(low, closed, inf, False)])
+def same_chain(gold: tuple, answer: tuple, work: list) -> bool:
+    """Equations up to a factor, ratios up to a factor, and chains of relations side by side in either direction."""
+    (_, ops, g), (_, other, a) = gold, answer
+    if set(ops + other) == {"="}:
+        if named(g[0]) and named(a[0]) and (g[0] == a[0] or {g[0][0], a[0][0]} == {"call", "sym"} and {"y", "sym"} & {g[0][1], a[0][1]}):
+            return same(g[-1], a[-1], work)
+        if len(g) == len(a) == 2 and proportional(chain("-", *g), chain("-", *a), work):
+            return True
+    if set(ops + other) == {":"}:
+        return len(g) == len(a) and all(same(("/", g[0], p), ("/", a[0], q), work) for p, q in zip(g[1:], a[1:]))
+    back = tuple(op.translate(str.maketrans("<>", "><")) for op in reversed(other))
+    return any(ops == o and all(same(p, q, work) for p, q in zip(g, sides)) for o, sides in ((other, a), (back, a[::-1])))
 
 
-# ---------------------------------------------------------------- 7. verdicts
+# ------------------------------------------------------------------ verdicts
 
-RATIONAL = re.compile(r"(-?)(?:(\d{1,400})(?:\.0*)?|\\frac\{(-?\d{1,400})\}\{(\d{1,400})\}|(\d{1,400})/(\d{1,400}))$")
-CHOICE = re.compile(r"^\(?([A-J])(?:\)[.:]?|[.:])\s*(\S.*)$", re.S)
+RATIONAL = re.compile(r"(-?)(?:(\d{1,999})(?:\.0*)?|\\frac\{(-?\d{1,999})\}\{(\d{1,999})\}|(\d{1,999})/(\d{1,999}))")
+CHOICE = re.compile(r"\(?([A-J])(?:\)[.:]?|[.:])\s*(\S.*)", re.S)
+CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?:([ap])\.?(?:m\.?)?)?\.*", re.I)
+THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
 
 
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=8192)
 def parse(text: str) -> tuple:
-    """The tree of an answer. Errors: Unparsed (not in the grammar), Budget (over the limits above)."""
+    """The tree of a cleaned text. Errors: Unparsed when it is not in the grammar, Budget when over the limits."""
     if len(text) > MAX_CHARS:
         raise Budget(f"{len(text)} characters, at most {MAX_CHARS} are read")
-    try:
-        return Parser(text).top()
-    except RecursionError as why:
-        raise Budget("nested too deeply") from why
+    parser = Parser(text)
+    tree = parser.items()
+    if parser.next:
+        raise Unparsed(f"unexpected {parser.next}")
+    return tree
 
 
 def try_parse(text: str) -> tuple | None:
     try:
-        return parse(clean(text))
+        return parse(joined(clean(text)))
     except (Unparsed, Budget):
         return None
 
 
-def joined(s: str) -> str:
-    """1,234 and 1 234 outside brackets as 1234."""
-    def at_top(m):
-        before = s[:m.start()]
-        inside = sum(before.count(c) for c in "([") - sum(before.count(c) for c in ")]") > 0 or before.count(r"\{") > before.count(r"\}")
-        return m.group(0) if inside else m.group(0).replace(",", "").replace(" ", "")
-    return THOUSANDS.sub(at_top, s)
+def joined(text: str) -> str:
+    """1,234 and 1 234 as 1234, except inside brackets, where a comma separates."""
+    if re.search(r"[(\[]|\\\{", text):
+        return text
+    return THOUSANDS.sub(lambda m: m[0].replace(",", "").replace(" ", ""), text)
 
 
-def rational(s: str) -> Fraction | None:
-    m = RATIONAL.match(s)
-    if not m:
+def rational(text: str) -> Fraction | None:
+    m = RATIONAL.fullmatch(text)
+    if not m or m[2] is None and not int(m[4] or m[6]):
         return None
-    sign, whole, a, b, c, d = m.groups()
-    if whole is None and not int(b or d):
-        return None
-    value_ = Fraction(int(whole)) if whole else Fraction(int(a or c), int(b or d))
-    return -value_ if sign else value_
+    return (-1 if m[1] else 1) * Fraction(int(m[2] or m[3] or m[5]), int(m[4] or m[6] or 1))
 
 
-def clock(s: str) -> tuple | None:
-    """(hour, minute, second, a|p|None) of a time of day; a bare number is not one."""
-    m = CLOCK.match(re.sub(r"\\word\{([^{}]*)\}", r"\1", s).replace("{", "").replace("}", "").replace(" ", ""))
-    if not m or not (m.group(4) or m.group(3) or (m.group(2) or "x")[0] == "0"):
-        return None
-    return int(m.group(1)), int(m.group(2) or 0), int(m.group(3) or 0), (m.group(4) or "").lower() or None
+def clock(text: str) -> tuple | None:
+    """(hour, minute, second, "a", "p" or None) of a time of day; 3:10 may be a ratio and is left to the parser."""
+    m = CLOCK.fullmatch(re.sub(r"\\word\{([^{}]*)\}|[{} ]", r"\1", text))
+    return (int(m[1]), int(m[2] or 0), int(m[3] or 0), m[4] and m[4].lower()) if m and (m[4] or m[3] or m[2]) else None
 
 
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=8192)
 def gold_text(gold: str) -> str:
-    """The cleaned gold; a gold given as a whole solution is reduced to its box."""
-    found, _ = boxes(gold)
-    return clean(last_answer_boxes(found, gold) if found else gold)
+    """The cleaned gold; a whole solution given as gold is reduced to its box."""
+    found = boxes(gold)[0]
+    gold = last_boxes(found, gold) if found else gold
+    return clean(gold) if len(gold) <= MAX_CHARS else gold
 
 
 def decide(gold: str, answer: str) -> str:
-    """correct | wrong | unparsed | budget for an extracted answer."""
-    if len(answer) > MAX_CHARS:
+    """The reason of the verdict on an extracted answer."""
+    g = gold_text(gold)
+    if max(len(answer), len(g)) > MAX_CHARS:
         return "correct" if answer.strip() == gold.strip() else "budget"
-    g, a = gold_text(gold), clean(answer)
+    a = clean(answer)
     if g.replace(" ", "") == a.replace(" ", ""):
-        return "correct" if a and "?" not in a else "wrong"
-    gj, aj = joined(g), joined(a)
-    x, y = rational(gj.replace(" ", "") if gj.count(" ") < 9 else gj), rational(aj)
-    if x is not None and y is not None:
-        if x == y:
-            return "correct"
-        if "," not in g + a:
-            return "wrong"
-    if (t := clock(g)) and (u := clock(a)):
-        return "correct" if t[:3] == u[:3] and (t[3] == u[3] or not t[3] or not u[3]) else "wrong"
+        return "correct" if a else "no_answer"
+    x, y = rational(joined(g)), rational(joined(a))
+    if x is not None and y is not None and (x == y or "," not in g + a):
+        return "correct" if x == y else "wrong"
+    if clock(g) and clock(a) and (clock(g)[3] or clock(a)[3]):
+        return "correct" if clock(g)[:3] == clock(a)[:3] and len({clock(g)[3], clock(a)[3], None}) < 3 else "wrong"
+    # A comma separates thousands or list items, or is the decimal comma of an answer; "(C) 12" is a choice and its text.
+    pairs = [(joined(g), joined(a))] + [(g, a)] * ((joined(g), joined(a)) != (g, a))
+    if m := CHOICE.fullmatch(a):
+        pairs = [(g.strip("()"), m[1])] if re.fullmatch(r"\(?[A-J]\)?", g) else pairs + [(joined(g), joined(m[2]))]
+    elif re.fullmatch(r"-?\d+,\d+", a) and re.fullmatch(r"-?\d*\.\d+", g):
+        pairs.append((g, a.replace(",", ".")))
+    reason = "unparsed"
+    for p, q in pairs:
+        try:
+            if compare(parse(p), parse(q)):
+                return "correct"
+            reason = "wrong"
+        except Unparsed:
+            continue
+        except (Budget, RecursionError):    # the latter only where the caller has used up the stack
+            return "budget"
+    return reason
+
+
+def compare(gold: tuple, answer: tuple) -> bool:
+    """`same` in the first precision that loses no term of a sum."""
+    m = real()
+    for m.prec in PRECISIONS[:-1]:
+        try:
+            return same(gold, answer, [0])
+        except Absorbed:
+            continue
     try:
-        return "correct" if any(same(parse(p), parse(q), [0]) for p, q in readings(g, a, gj, aj)) else "wrong"
-    except Unparsed:
-        return "unparsed"
-    except Budget:
-        return "budget"
-
-
-def readings(g: str, a: str, gj: str, aj: str):
-    """The pairs of texts to compare: commas as thousands, as list separators, as a decimal comma of the
-    answer, and the text or letter of a multiple-choice answer."""
-    if m := CHOICE.match(a):
-        letter, rest = m.groups()
-        if re.fullmatch(r"\(?[A-J]\)?", g):
-            yield g.strip("()"), letter
-            return
-        yield gj, joined(rest)
-        return
-    yield gj, aj
-    if (gj, aj) != (g, a):
-        yield g, a
-    if re.fullmatch(r"-?\d+,\d+", a) and re.fullmatch(r"-?\d*\.\d+", g):
-        yield g, a.replace(",", ".")
+        m.prec = PRECISIONS[-1]
+        return same(gold, answer, [MAX_WORK - 1000])
+    finally:
+        m.prec = PRECISIONS[0]
 
 
 def verify(response: str, *, gold: str, finished: bool | None = None) -> Verdict:
-    """Whether the response's final answer equals the gold answer.
+    r"""Whether the final answer of a response equals the gold answer.
 
-    response: the model's text; what follows an end-of-turn token or precedes </think> is ignored.
-    gold: the raw dataset string. finished: False when the response ran into the token limit, None if unknown.
-    Raises TypeError when either text is not a str. Safe in any thread.
+    response: the model's text; what precedes </think> or follows an end-of-turn token is ignored.
+    gold: the raw string of the dataset. finished: False when the token limit stopped the response, None if unknown.
+    Errors: TypeError when either text is not a str; nothing else, for no input.
 
-    >>> verify(r"\\boxed{x = 1, 2}", gold="2, 1").reason
-    'correct'
-    >>> verify(r"\\boxed{0.33}", gold=r"\\frac13").reason
-    'wrong'
+    >>> verify(r"\boxed{x = 1, 2}", gold="2, 1").reason, verify(r"\boxed{0.33}", gold=r"\frac13").reason
+    ('correct', 'wrong')
     """
     if not isinstance(response, str) or not isinstance(gold, str):
-        raise TypeError(f"response and gold are str, got {type(response).__name__} and {type(gold).__name__}")
-    answer, why = extract(response, finished)
-    if answer is None:
-        return Verdict(False, why, None)
-    reason = decide(gold, answer)
+        raise TypeError(f"response and gold must be str, not {type(response).__name__} and {type(gold).__name__}")
+    answer, reason = extract(response, finished)
+    if answer is not None:
+        reason = decide(gold, answer)
     return Verdict(reason == "correct", reason, answer)
 
 
 def gold_problem(gold: str) -> str | None:
-    """None when the gold answer is understood, otherwise one line saying why it is not.
+    r"""None when the gold answer is understood, otherwise one line saying why not.
 
-    >>> gold_problem(r"\\frac{1}{2}"), gold_problem("(1, 2")
-    (None, "expected more but found 'the end'")
+    >>> gold_problem(r"\frac{1}{2}"), gold_problem("(1, 2")
+    (None, 'expected ) ] but found the end')
     """
     try:
         text = gold_text(gold)
-        if clock(text):
-            return None
-        tree = parse(joined(text))
-        if tree[0] == "word" and len(tree[1].split()) > 4:
-            return f"prose ({plain(tree)!r})"
-        return None if same(tree, tree, [0]) else "it does not equal itself: a symbol without a value"
+        if not clock(text) and not compare(parse(joined(text)), parse(joined(text))):
+            return "it has no value that could be compared"
     except (Unparsed, Budget) as why:
         return str(why)
+    return None
 
 
-# ---------------------------------------------------------------- 8. batches
+# ------------------------------------------------------------------ batches
 
 
 def reasons(verdicts: list[Verdict]) -> dict[str, int]:
     """How many verdicts have each reason.
 
-    >>> reasons([Verdict(True, "correct", "1"), Verdict(False, "wrong", "2")])
-    {'correct': 1, 'wrong': 1}
+    >>> reasons([Verdict(True, "correct", "1"), Verdict(False, "wrong", "2"), Verdict(True, "correct", "3")])
+    {'correct': 2, 'wrong': 1}
     """
     return dict(collections.Counter(v.reason for v in verdicts))
 
 
 def serve(pipe) -> None:
-    """One worker: verdicts for the rows that arrive, until the pipe closes."""
-    try:
-        while (job := pipe.recv()) is not None:
-            pipe.send(verify(job[0], gold=job[1], finished=job[2]))
-    except EOFError:
-        return
+    """One worker: answers rows until the parent closes the pipe or sends None."""
+    while (row := pipe.recv()) is not None:
+        pipe.send(verify(row[0], gold=row[1], finished=row[2]))
 
 
 def verify_many(responses: list[str], golds: list[str], *, workers: int = 0, finished: list | None = None,
-                stuck_after: float = 20.0) -> list[Verdict]:
-    """Verdicts in order; workers=0 runs in this process, N > 0 in that many child processes.
+                stuck_after: float = 30.0) -> list[Verdict]:
+    """The verdicts in order, from this process (workers=0) or from that many child processes.
 
-    A child that dies or gives no answer for `stuck_after` seconds is killed and replaced; its row alone gets the
-    reason "budget". That is a safety net: no input is known to need it. Raises ValueError for unequal lengths.
+    A child that dies, or that answers nothing for stuck_after seconds, is killed and replaced, and its row alone becomes
+    "budget". This is a net below `verify`, which needs no clock. Errors: ValueError when the lengths differ.
     """
     finished = [None] * len(responses) if finished is None else list(finished)
     if not len(responses) == len(golds) == len(finished):
-        raise ValueError(f"{len(responses)} responses, {len(golds)} golds, {len(finished)} finished flags: lengths differ")
-    jobs = list(zip(responses, golds, finished))
-    if workers <= 0 or not jobs:
-        return [verify(r, gold=g, finished=f) for r, g, f in jobs]
-    import multiprocessing as mp_
-    from multiprocessing.connection import wait
-    ctx = mp_.get_context("fork" if "fork" in mp_.get_all_start_methods() else None)
-    out: list = [None] * len(jobs)
-    idle, busy, todo = [], {}, iter(range(len(jobs)))
-
-    def start():
-        here, there = ctx.Pipe()
-        child = ctx.Process(target=serve, args=(there,), daemon=True)
-        child.start()
-        there.close()
-        return here, child
-
-    idle = [start() for _ in range(min(workers, len(jobs)))]
+        raise ValueError(f"lengths differ: {len(responses)} responses, {len(golds)} golds, {len(finished)} finished flags")
+    rows = list(zip(responses, golds, finished))
+    if not workers or not rows:
+        return [verify(r, gold=g, finished=f) for r, g, f in rows]
+    out, todo, busy, idle = [Verdict(False, "budget", None)] * len(rows), list(range(len(rows)))[::-1], {}, []
     try:
-        while True:
-            while idle and (row := next(todo, None)) is not None:
-                here, child = idle.pop()
-                here.send(jobs[row])
-                busy[here] = (child, row, time.monotonic() + stuck_after)
-            if not busy:
-                return out
-            ready = wait(list(busy), timeout=max(0.0, min(t for _, _, t in busy.values()) - time.monotonic()))
-            for here in list(busy):
-                child, row, deadline = busy[here]
+        while todo or busy:
+            while todo and len(busy) < workers:
+                pipe, child = idle.pop() if idle else start_worker()
+                pipe.send(rows[todo[-1]])
+                busy[pipe] = (child, todo.pop(), time.monotonic() + stuck_after)
+            first = min(deadline for _, _, deadline in busy.values())
+            ready = multiprocessing.connection.wait(list(busy), max(0.0, first - time.monotonic()))
+            for pipe in ready or [p for p, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
+                child, row, _ = busy.pop(pipe)
                 try:
-                    if here in ready:
-                        out[row] = here.recv()
-                        del busy[here]
-                        idle.append((here, child))
-                    elif time.monotonic() >= deadline:
-                        raise TimeoutError
-                except (EOFError, OSError, TimeoutError):
-                    out[row] = Verdict(False, "budget", None)
-                    del busy[here]
+                    if pipe not in ready:
+                        raise EOFError("stuck")
+                    out[row] = pipe.recv()
+                    idle.append((pipe, child))
+                except (EOFError, ConnectionError):
                     child.kill()
                     child.join()
-                    here.close()
-                    idle.append(start())
+        return out
     finally:
-        for here, child in idle + [(h, c) for h, (c, _, _) in busy.items()]:
+        for child in [c for _, c in idle] + [c for c, _, _ in busy.values()]:
             child.kill()
             child.join()
-            here.close()
 
 
-# ---------------------------------------------------------------- 9. command line
+def start_worker():
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.Process(target=serve, args=(theirs,), daemon=True)
+    child.start()
+    theirs.close()
+    return ours, child
+
+
+# ------------------------------------------------------------------ command line
+
+
+def against_math_verify(rows: list[tuple[str, str]]) -> list[bool]:
+    """The verdicts of the math-verify package on (response, gold) rows, for comparison."""
+    try:
+        import math_verify
+    except ImportError:
+        raise SystemExit('math-verify is not installed: pip install "math-verify[antlr4_13_2]"') from None
+    return [bool(math_verify.verify(math_verify.parse(g if "$" in g else f"${g}$"), math_verify.parse(r))) for r, g in rows]
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description="Score the responses of a JSON-lines file.")
-    ap.add_argument("file")
-    ap.add_argument("--response-key", default="response")
-    ap.add_argument("--gold-key", default="gold")
-    ap.add_argument("--score-key", default="recorded_score")
-    ap.add_argument("--show-wrong", type=int, default=0, metavar="N")
-    ap.add_argument("--workers", type=int, default=0)
-    args = ap.parse_args()
-    with open(args.file, encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f if line.strip()]
-    start = time.perf_counter()
-    verdicts = verify_many([r[args.response_key] for r in rows], [str(r[args.gold_key]) for r in rows], workers=args.workers)
-    seconds = time.perf_counter() - start
-    n = max(1, len(rows))
-    print(f"{sum(v.correct for v in verdicts)}/{len(rows)} correct, {1e3 * seconds / n:.3f} ms per response")
-    print(reasons(verdicts))
-    for r, v in zip(rows, verdicts):
-        if args.score_key in r and (str(r[args.score_key]).lower() in ("true", "1", "1.0")) != v.correct:
-            print(f"differs: recorded {r[args.score_key]}, verdict {v.reason}, gold {r[args.gold_key]!r}, answer {v.answer!r}")
-    for r, v in [(r, v) for r, v in zip(rows, verdicts) if not v.correct][:args.show_wrong]:
-        print(f"{v.reason}: gold {r[args.gold_key]!r}, answer {v.answer!r}")
+    parser = argparse.ArgumentParser(description="Score the responses of a JSON-lines file.")
+    parser.add_argument("file")
+    parser.add_argument("--response-key", default="response")
+    parser.add_argument("--gold-key", default="gold")
+    parser.add_argument("--score-key", default="recorded_score", help="a recorded true/false to compare with")
+    parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print N rows that are not correct")
+    parser.add_argument("--against", choices=["math-verify"], help="score with this package too and print both")
+    args = parser.parse_args()
+    with open(args.file, encoding="utf-8") as lines:
+        data = [json.loads(line) for line in lines if line.strip()]
+    rows = [(r[args.response_key], str(r[args.gold_key])) for r in data]
+    began = time.perf_counter()
+    verdicts = verify_many([r for r, _ in rows], [g for _, g in rows])
+    seconds = time.perf_counter() - began
+    print(f"{sum(v.correct for v in verdicts)} of {len(rows)} correct, {seconds / max(1, len(rows)) * 1e3:.2f} ms each, {reasons(verdicts)}")
+    theirs = [str(r[args.score_key]).lower() in ("true", "1", "1.0") if args.score_key in r else None for r in data]
+    if args.against:
+        began = time.perf_counter()
+        theirs = against_math_verify(rows)
+        other = time.perf_counter() - began
+        print(f"{sum(theirs)} of {len(rows)} correct by {args.against}, {other / seconds:.0f} x the time")
+    for (_, gold), verdict, score in zip(rows, verdicts, theirs):
+        if score not in (None, verdict.correct):
+            print(f"differs: {verdict.reason} here, {score} there; gold {gold!r}, answer {verdict.answer!r}")
+    for (_, gold), verdict in [(r, v) for r, v in zip(rows, verdicts) if not v.correct][:args.show_wrong]:
+        print(f"{verdict.reason}: gold {gold!r}, answer {verdict.answer!r}")
 
 
 if __name__ == "__main__":
