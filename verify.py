@@ -71,7 +71,7 @@ NUMBER = r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?: */ *\d+)?(?
 UNBOXED = [re.compile(p, re.S | re.I) for p in (
     r"<answer>((?:(?!<answer>).)*)</answer>\W*$", r"####\s*([^\n]+)$", r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",
     r"\*\*([^*\n]+)\**\W*$", rf".*?({NUMBER})$", r"(?:.*[^\\])?\$(\$?[^$]*[^$\s][^$]*)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
-    r".*\\[(\[](.+?)\\[)\]]()[^\d]{0,40}$", r"\(([A-J])\)\W*$", r"([^\n]+)$", rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]
+    r".*\\[(\[](.+?)\\[)\]]()[^\d]{0,40}$", r"\(([A-J])\)\W*$", r"([^\n]*[\d\\=][^\n]*|^\w+)$", rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]
 
 
 def boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int]:
@@ -145,11 +145,11 @@ UNICODE = str.maketrans(dict(zip("−–‑⁄÷′’‘，（）：；", "---/
     "€=word{euro} £=word{pound}").split())} | {"\u200b": "", "\ufeff": "", "\u2061": ""} | {
     ord(full): chr(ord(full) - 0xFEE0) for full in map(chr, range(0xFF10, 0xFF5B))})
 SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
-DOT = r"\{?\s*d\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}?"    # the upper half of dx/dt
+LETTER = r"\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}\s*\{\s*d\s*[a-z]\s*"    # of dx/dt, up to its lower half
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(SMALL) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(SMALL) + "}"),
-    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?!\d)", " "),
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", " "),
     (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
     (r"(?<!\\)\\(?:[,;:!>~ \n]|(?:q?quad|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])|hspace\{[^{}]*\})|(?<!\\)~", " "),
     *[(r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|underline|boxed|fbox|angle|triangle)(?![a-zA-Z])", ""),
@@ -158,9 +158,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\[()\[\]]|(?<!\\)\$", " "), (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\R "), (r"\\log10\b", r"\\log_{10}"),
     (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?", r"\\degree "), (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", r"\1"), (r"\\prime\s*", "'"),
     (r"\\(d?)dot\s*\{?\s*(\\?[a-zA-Z]+)\s*\}?", lambda m: f"{m[2]}''" if m[1] else f"{m[2]}'"),
-    (r"\\frac\s*\{\s*d\s*\^\s*\{?2\}?" + DOT[3:] + r"\s*\{\s*d\s*[a-z]\s*\^\s*\{?2\}?\s*\}", r"\1''"),
-    (r"\\frac\s*" + DOT + r"\s*\{\s*d\s*[a-z]\s*\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"),
-    (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"\s+", " "))]
+    (r"\\frac\s*\{\s*d\s*\^\s*\{?2\}?" + LETTER + r"\^\s*\{?2\}?\s*\}", r"\1''"),
+    (r"\\frac\s*\{\s*d" + LETTER + r"\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"), (r"(\\word\{[^{}]*)\}\s*\^\s*\{?(-?\d)\}?", r"\1^\2}"),
+    (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"\.\.\.+", r"\\ldots "), (r"\s+", " "))]
 
 
 def said(text: str) -> str:
@@ -418,8 +418,9 @@ class Parser:
         if opened == r"\{" and self.next == "|":
             self.take()
             inner = ("such", inner, self.items())
-        elif opened == r"\{" and inner[0] == "rel" and inner[1][0] == ":":
-            inner = ("such", inner[2][0], ("rel", inner[1][1:], inner[2][1:]))
+        elif opened == r"\{" and inner[0] == "rel" and ":" in inner[1][:2] and inner[1][-1] != ":":
+            k = inner[1].index(":") + 1
+            inner = ("such", inner[2][0], ("rel", inner[1][k:], inner[2][k:]))
         self.bars = bars
         close = self.take(" ".join(PAIRS[opened]) if opened in "([" else PAIRS[opened])
         items = inner[2] if inner[0] == "seq" and inner[1] in ("", "or") and inner[3] == "" else (inner,)
@@ -531,7 +532,7 @@ def bare_unit(word: str, spaced: bool) -> bool:
 
 def units(text: str) -> tuple:
     """The tree of a unit phrase behind a number: "square inches", "miles per hour", "m/s", "students"."""
-    words = re.findall(r"[^\W\d_]+|/|\d+", text.replace("mph", "mile per hour"))
+    words = re.findall(r"[^\W\d_]+|/|-?\d", text.replace("mph", "mile per hour"))
     if not words or len(words) > 8 or PROSE & {w.lower() for w in words}:
         raise Unparsed(f"prose behind a number: {text}")
     node, op, power = exact(1), "*", 1
@@ -540,8 +541,8 @@ def units(text: str) -> tuple:
             op = "/"
         elif w in ("square", "sq", "cubic"):
             power = 3 if w == "cubic" else 2
-        elif w.isdigit() or w in ("squared", "cubed"):
-            node = (node[0], node[1], ("^", node[2], exact({"squared": 2, "cubed": 3}.get(w) or int(w[:1])))) if len(node) == 3 else node
+        elif w[-1].isdigit() or w in ("squared", "cubed"):
+            node = (node[0], node[1], ("^", node[2], exact({"squared": 2, "cubed": 3}.get(w) or int(w)))) if len(node) == 3 else node
         elif w not in ("of", "a", "an") or len(words) == 1:
             node, op, power = (op, node, ("^", ("unit", w), exact(power)) if power > 1 else ("unit", w)), "*", 1
     return node
@@ -719,9 +720,18 @@ def close(x, y, gold: tuple, answer: tuple) -> bool:
     return False
 
 
+def as_units(node, letters: set[str]):
+    if isinstance(node, tuple) and node[:1] == ("sym",) and node[1] in letters:
+        return ("unit", node[1])
+    return tuple(as_units(part, letters) for part in node) if isinstance(node, tuple) else node
+
+
 def equal(gold: tuple, answer: tuple, work: list) -> bool:
     """Equality by value. Units count when both sides have them, and 28% is also 0.28, 90 degrees also pi/2."""
     has = [any(n[0] == "unit" for n in walk(t)) for t in (gold, answer)]
+    if has == [True, False]:    # letters behind a number may be the unit that the gold spells as one: 5 m
+        answer = as_units(answer, set(UNITS) - names(gold))
+        has[1] = any(n[0] == "unit" for n in walk(answer))
     for with_units in [True] if all(has) else [False, True] if any(has) else [False]:
         agreed = 0
         for point in range(6 if names(gold, answer) or with_units else 1):
@@ -885,11 +895,11 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
     """Whether two trees are the same answer: containers element by element, everything else by value."""
     spend(At(0, False, work), 1)
     if compares(gold) or compares(answer) or any(t[0] in ("∪", "∩", "∖", "such") or t in (("sym", "R"), ("sym", "emptyset"))
-                                                 for t in map(unnamed, (gold, answer))):
+                                                 or t[0] == "word" and "real" in t[1] for t in map(unnamed, (gold, answer))):
         return same_set(gold, answer, work) or gold[0] == answer[0] == "rel" and same_chain(gold, answer, work)
-    g, a = members(gold), members(answer)
+    g, a = (m and list(dict.fromkeys(m)) for m in (members(gold), members(answer)))
     if g and a:
-        g, left = list(dict.fromkeys(g)), list(dict.fromkeys(a))
+        left = list(a)
         for item in g if len(g) == len(left) else ():
             match = next((i for i, other in enumerate(left) if same(item, other, work)), None)
             if match is None:
