@@ -244,17 +244,19 @@ def offline_loss(logp, mask, adv, beta, *, traces):
 
 
 # ------------------------------------------------------------------------------------------- model, tokenizer and text
-TINY_VOCABULARY = ["<pad>", "<end>", "<unk>", *"0123456789+-x=;", "\\boxed{", "}"]
+TINY_VOCABULARY = ["<pad>", "<end>", "\\boxed{", *"0123456789+-x=;}"]
 
 
 def tiny_model(seed):
     """The built-in causal LM and its tokenizer: a two-layer Qwen2 of 0.2 M parameters over characters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(TINY_VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), behavior="isolated")
-    words.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    # Byte-level BPE without merges, because transformers rebuilds a Qwen2 tokenizer as one on loading: characters of any
+    # other kind would be read differently by those who load the saved model.
+    words = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(TINY_VOCABULARY)}, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.add_tokens([AddedToken("\\boxed{", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
     torch.manual_seed(seed)
     # Wider initial weights than usual (0.08): at this size they learn the sums in half the steps.
@@ -264,7 +266,7 @@ def tiny_model(seed):
         bos_token_id=None, eos_token_id=1, pad_token_id=0)), tokenizer
 
 
-def tiny_base(seed, log, steps=650, rows=128, lr=2e-3):
+def tiny_base(seed, log, steps=800, rows=64, lr=2e-3):
     """The built-in base policy, trained once and cached under runs/: + and - worked half-heartedly, x only guessed."""
     path, start, rng = Path(f"runs/builtin-base-s{seed}"), time.time(), random.Random(f"base {seed}")
     if path.is_dir():
