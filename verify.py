@@ -38,7 +38,9 @@ MAX_CHARS = 4000    # longest answer that is parsed; a longer one can only be eq
 MAX_DEPTH = 40      # nesting of the tree; every recursion below follows the tree, so this bounds the stack
 MAX_DIGITS = 1000   # digits of one literal
 MAX_WORK = 20_000   # cost of all evaluations of one verdict: a node counts 1, a function or a power 10
-PRECISIONS = (600, 4000)    # bits of the arithmetic, the second where 600 lose a term; equal values agree in all but 100
+# Bits of the arithmetic; the second where the first would lose a term of a sum. Equal values agree in all but 100.
+PRECISIONS = (600, 4000)
+
 
 
 class Verdict(NamedTuple):
@@ -61,17 +63,29 @@ class Absorbed(Budget):
 
 # ------------------------------------------------------------------ extraction
 
-TURN_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))?|(?<!\\)(?:\\\\)*\\[{}]|[{}]")
-# What may stand between two boxes that together are one answer: punctuation, "and", "or", "y =".
-BETWEEN = re.compile(r"(?:[\s$,;:.&()\[\]\\{}]|quad|text|mbox|\b(?:and|or)\b|[A-Za-z]\w{0,3} *=)*|[^.\n\d=]*\b(?:and|or)\b[^.\n\d=]*")
+TURN_END = re.compile(
+    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))?"
+                 r"|(?<!\\)(?:\\\\)*\\[{}]|[{}]")    # the second row skips \{ and \}, in linear time for a run of \
+# What may stand between two boxes that are one answer: punctuation, "and", "or", "y =", or a short "cm and".
+BETWEEN = re.compile(r"(?:[\s$,;:.&()\[\]\\{}]|quad|text|mbox|\b(?:and|or)\b|[A-Za-z]\w{0,3} *=)*"
+                     r"|[^.\n\d=]*\b(?:and|or)\b[^.\n\d=]*")
 CLOSING = re.compile(r"(?:\s|\.|I hope (?:it|this) is correct)*$")
-NUMBER = r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?: */ *\d+)?(?: ?(?:\\?%|percent\b|pct\b|m²|[€£]))?"
+NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?: */ *\d+)?"
+          r"(?: ?(?:\\?%|percent\b|pct\b|m²|[€£]))?")
 # Answers without a box, tried in this order at the end of a finished text; the first that parses is taken.
 UNBOXED = [re.compile(p, re.S | re.I) for p in (
-    r"<answer>((?:(?!<answer>).)*)</answer>\W*$", r"####\s*([^\n]+)$", r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",
-    r"\*\*([^*\n]+)\**\W*$", rf".*?({NUMBER})$", r"(?:.*[^\\])?\$(\$?[^$]*[^$\s][^$]*)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
-    r".*\\[(\[](.+?)\\[)\]]()[^\d]{0,40}$", r"\(([A-J])\)\W*$", r"([^\n]*[\d\\=][^\n]*|^\w+)$", rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]
+    r"^(?=.{1,60}$)([^\n]*[\d\\][^\n]*|\w+)$",                                                # the whole text
+    r"<answer>((?:(?!<answer>).)*)</answer>\W*$",
+    r"####\s*([^\n]+)$",
+    r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",                      # the answer is ...
+    r"\*\*([^*\n]+)\**\W*$",
+    rf".*?({NUMBER})$",
+    r"(?:.*[^\\])?\$(\$?[^$]*[^$\s][^$]*)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",         # $...$ and few words
+    r".*\\[(\[](.+?)\\[)\]]()[^\d]{0,40}$",
+    r"\(([A-J])\)\W*$",
+    r"([^\n]*[\d\\=][^\n]*|^\w+)$",                                                           # the last line
+    rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
 
 
 def boxes(text: str) -> tuple[list[tuple[int, int, int, int]], int]:
@@ -138,32 +152,47 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
 
 # ------------------------------------------------------------------ cleaning
 
-UNICODE = str.maketrans(dict(zip("−–‑⁄÷′’‘，（）：；", "---//''',():;")) | {c: rf"\{name} " for c, name in (pair.split("=") for pair in (
-    "×=times ·=cdot ∙=cdot ⋅=cdot √=sqrt π=pi ∞=infty °=degree º=degree ≤=le ≥=ge ⩽=le ⩾=ge ≠=ne ±=pm ∓=mp ∪=cup ∩=cap "
-    "∈=in ℝ=R ∅=emptyset ≈=approx ½=frac12 ¼=frac14 ¾=frac34 ⅓=frac13 ⅔=frac23 ⟨=langle ⟩=rangle ⌊=lfloor ⌋=rfloor "
-    "⌈=lceil ⌉=rceil …=ldots α=alpha β=beta γ=gamma δ=delta θ=theta λ=lambda μ=mu ω=omega φ=phi σ=sigma τ=tau "
-    "€=word{euro} £=word{pound}").split())} | {"\u200b": "", "\ufeff": "", "\u2061": ""} | {
-    ord(full): chr(ord(full) - 0xFEE0) for full in map(chr, range(0xFF10, 0xFF5B))})
+UNICODE = str.maketrans(
+    dict(zip("−–‑⁄÷′’‘，（）：；", "---//" + "'" * 3 + ",():;")) | {"\u200b": "", "\ufeff": "", "\u2061": ""}
+    | {code: chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}    # full-width digits and letters
+    | {pair[0]: rf"\{pair[1:]} " for pair in (
+        "×times ·cdot ∙cdot ⋅cdot √sqrt πpi ∞infty °degree ºdegree ≤le ≥ge ⩽le ⩾ge ≠ne ±pm ∓mp ∪cup ∩cap ∈in ℝR "
+        "∅emptyset ≈approx ½frac12 ¼frac14 ¾frac34 ⅓frac13 ⅔frac23 ⟨langle ⟩rangle ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil "
+        "…ldots αalpha βbeta γgamma δdelta θtheta λlambda μmu ωomega φphi σsigma τtau €word{euro} £word{pound}"
+    ).split()})
 SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789-+n0123456789")
 LETTER = r"\s*(\\?[a-zA-Z]+(?:_\{?\w+\}?)?)\s*\}\s*\{\s*d\s*[a-z]\s*"    # of dx/dt, up to its lower half
+FRACTION = r"\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    # 1. sub- and superscript characters, \left and \right, spacing
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(SMALL) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(SMALL) + "}"),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", " "),
     (r"(?<=\d)(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
-    (r"(?<!\\)\\(?:[,;:!>~ \n]|(?:q?quad|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])|hspace\{[^{}]*\})|(?<!\\)~", " "),
-    *[(r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|underline|boxed|fbox|angle|triangle)(?![a-zA-Z])", ""),
-      (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", lambda m: said(m[1].strip(" .\\~$")))],
-    (r"\\begin\s*\{(?:[pbB]|small)?matrix\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r"\\mat{"), (r"\\end\s*\{[a-zA-Z]*\}", "}"),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: rf"\frac{{{m[1]}{m[2]}{m[3]}-{m[1] or 0}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}"),
-    (r"(?<![\w.^/])(\d+) ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}|(?<![\w.^/])(\d+) (\d+)/(\d+)", lambda m: mixed(m)), (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
-    (r"\\[()\[\]]|(?<!\\)\$", " "), (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\R "), (r"\\log10\b", r"\\log_{10}"),
-    (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?", r"\\degree "), (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", r"\1"), (r"\\prime\s*", "'"),
+    (r"(?<!\\)\\(?:[,;:!>~ \n]|(?:displaystyle|textstyle|limits|phantom)(?![a-zA-Z])|q?quad|hspace\{[^{}]*\})", " "),
+    (r"(?<!\\)~|\\[()\[\]]|(?<!\\)\$", " "),
+    # 2. font and text commands; matrices become one command
+    (r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|underline|boxed|fbox|angle|triangle)(?![a-zA-Z])", ""),
+    (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", lambda m: said(m[1])),
+    (r"\\begin\s*\{(?:[pbB]|small)?matrix\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r"\\mat{"),
+    (r"\\end\s*\{[a-zA-Z]*\}", "}"), (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\R "),
+    # 3. fractions: \frac12 with braces, 0.\overline{3}, mixed numbers
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: (
+        rf"\frac{{{m[1]}{m[2]}{m[3]}-{m[1] or 0}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}")),
+    (r"\\overline(?![a-zA-Z])", ""),
+    (rf"(?<![\w.^/])(\d+) ?{FRACTION}|(?<![\w.^/])(\d+) (\d+)/(\d+)", lambda m: mixed(m)),
+    # 4. degrees, primes and derivatives: dx/dt, \dot{x} and x^\prime are all x'
+    (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?", r"\\degree "),
+    (r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", r"\1"), (r"\\prime\s*", "'"),
     (r"\\(d?)dot\s*\{?\s*(\\?[a-zA-Z]+)\s*\}?", lambda m: f"{m[2]}''" if m[1] else f"{m[2]}'"),
     (r"\\frac\s*\{\s*d\s*\^\s*\{?2\}?" + LETTER + r"\^\s*\{?2\}?\s*\}", r"\1''"),
-    (r"\\frac\s*\{\s*d" + LETTER + r"\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"), (r"(\\word\{[^{}]*)\}\s*\^\s*\{?(-?\d)\}?", r"\1^\2}"),
-    (r"\bnp\.|\bmath\.|\\overline(?![a-zA-Z])", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"), (r"\.\.\.+", r"\\ldots "), (r"\s+", " "))]
+    (r"\\frac\s*\{\s*d" + LETTER + r"\}|\bd([a-z])\s*/\s*d[a-z]\b", r"\1\2'"),
+    # 5. a power behind a unit belongs to the unit; program notation; white space
+    (r"(\\word\{[^{}]*)\}\s*\^\s*\{?(-?\d)\}?", r"\1^\2}"),
+    (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"),
+    (r"\.\.\.+", r"\\ldots "), (r"\s+", " "))]
 
 
 def mixed(m: re.Match) -> str:
@@ -174,6 +203,7 @@ def mixed(m: re.Match) -> str:
 
 def said(text: str) -> str:
     r"""What stands for \text{...}: a separator, plain content (numbers, lists, letters), or one word token."""
+    text = text.strip(" .\\~$")
     if text in ("and", "or", "", "and,", "or,"):
         return r" \or " if "or" in text else " , " if text else " "
     return f" {text} " if re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$", text) else rf"\word{{{text.strip('()')}}}"
@@ -226,7 +256,8 @@ def tokens(text: str) -> list[tuple[str, str]]:
         if kind != "word" and t in RENAMED:
             kind, t = "cmd", RENAMED[t]
         if kind == "name" and len(t) > 1:
-            after, fresh = text[m.end():m.end() + 9].lstrip(), before in ("start", "word") or last in (",", r"\or", "(", "=")
+            after = text[m.end():m.end() + 9].lstrip()
+            fresh = before in ("start", "word") or last in (",", r"\or", "(", "=")
             alone = fresh and (not after or after[0] in ",)" or after[0].isalpha())
             unit_like = (before == "num" or last in ("}", ")", "%")) and bare_unit(t, m[0][0] == " ")
             if unit_like or len(t) > 2 and t.isupper() or alone and (len(t) > 2 or before == "word" or after[:1].isalpha()):
@@ -242,7 +273,7 @@ def tokens(text: str) -> list[tuple[str, str]]:
 
 
 class Parser:
-    """Precedence climbing over the tokens of one answer. State: the position, the nesting, and whether a | must close."""
+    """Precedence climbing over the tokens of one answer. State: position, nesting, and whether a | would close."""
 
     def __init__(self, text: str):
         self.tokens, self.i, self.depth, self.bars = tokens(text), 0, 0, False
@@ -352,7 +383,7 @@ class Parser:
         if kind == "word":
             if self.i > 1 and self.tokens[self.i - 2][1] not in (",", "(", r"\or", "=", r"\{", "{"):
                 return units(t)
-            if len(t.split()) > 4:
+            if len(t.split()) > 4 or PROSE & set(t.lower().split()):
                 raise Unparsed(f"prose: {t}")
             return ("word", t)
         if t in ("|", r"\lfloor", r"\lceil"):
@@ -411,7 +442,7 @@ class Parser:
         return ("seq", "(", items, ")") if opened == r"\langle" else ("seq", opened, items, close)
 
     def function(self, name: str) -> tuple:
-        r"""\sin^2 x, \log_2 8, \sqrt[3]{x}, \ln(2x), \sin 2\pi t: a bracket is the whole argument, else a product is."""
+        r"""\sin^2 x, \log_2 8, \sqrt[3]{x}, \sin 2\pi t: the argument is the bracket if there is one, else a product."""
         power = extra = None
         while self.next in ("^", "_") or self.next == "[" and name == "sqrt":
             if self.next == "^":
@@ -468,10 +499,10 @@ def number(text: str) -> tuple:
 
 
 def numeral(digits: str, base: str) -> tuple:
-    """204_5 as a value times an unknown factor for base 5: it equals neither 204_6 nor 54, as the base was asked for."""
+    """204_5 as a value times an unknown factor for base 5: it equals neither 204_6 nor 54, since a base was asked for."""
     try:
-        places = len(digits.partition(".")[2])
-        return ("*", exact(Fraction(int(digits.replace(".", ""), int(base)), int(base) ** places)), ("sym", "base " + base))
+        value, scale = int(digits.replace(".", ""), int(base)), int(base) ** len(digits.partition(".")[2])
+        return ("*", exact(Fraction(value, scale)), ("sym", "base " + base))
     except ValueError as why:
         raise Unparsed(f"{digits} in base {base[:9]}: {why}") from why
 
@@ -481,16 +512,19 @@ def numeral(digits: str, base: str) -> tuple:
 # dimension: name=size in one common unit of the dimension. A word in no row is a label: apples agree only with apples.
 UNITS = {name: (dim, size) for dim, row in {
     "": "percent=.01 pct=.01 percentage=.01 degree=deg deg=deg unit=1 rad=1 radian=1 time=1",
-    "L": "m=1 meter=1 metre=1 inch=.0254 inches=.0254 in=.0254 foot=.3048 feet=.3048 ft=.3048 yard=.9144 yd=.9144 mile=1609.344 "
-         "mi=1609.344 pc=3.0857e16 parsec=3.0857e16 au=1.496e11 angstrom=1e-10", "V": "l=1 liter=1 litre=1 L=1",
-    "T": "s=1 sec=1 second=1 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 month=2629800 year=31557600 yr=31557600",
-    "M": "g=1 gram=1 gm=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523 ton=1e6", "$": "dollar=1 cent=.01 cents=.01",
-    "E": "J=1 joule=1 erg=1e-7 cal=4.184 calorie=4.184", "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1",
-    "N": "N=1 newton=1 dyne=1e-5", "P": "Pa=1 pascal=1 bar=1e5 atm=101325", "f": "Hz=1 hertz=1", "eV": "eV=1", "mol": "mol=1 mole=1",
+    "L": "m=1 meter=1 metre=1 inch=.0254 inches=.0254 in=.0254 foot=.3048 feet=.3048 ft=.3048 yard=.9144 yd=.9144 "
+         "mile=1609.344 mi=1609.344 pc=3.0857e16 parsec=3.0857e16 au=1.496e11 angstrom=1e-10",
+    "T": "s=1 sec=1 second=1 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 month=2629800 "
+         "year=31557600 yr=31557600",
+    "M": "g=1 gram=1 gm=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523 ton=1e6",
+    "$": "dollar=1 cent=.01 cents=.01", "V": "l=1 liter=1 litre=1 L=1", "E": "J=1 joule=1 erg=1e-7 cal=4.184",
+    "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1", "N": "N=1 newton=1 dyne=1e-5",
+    "P": "Pa=1 pascal=1 bar=1e5 atm=101325", "f": "Hz=1 hertz=1", "eV": "eV=1", "mol": "mol=1 mole=1",
 }.items() for name, size in (pair.split("=") for pair in row.split())}
-PREFIXES = {p: f"e{n}" for n, names in {-9: "n nano", -6: "u μ micro", -3: "m milli", -2: "c centi", 3: "k kilo", 6: "M mega", 9: "G giga"
-                                        }.items() for p in names.split()}
-PROSE = set("is are not the if or but maybe probably answer no than to so because then since therefore i we it".split())
+PREFIXES = {prefix: f"e{n}" for n, both in {
+    -9: "n nano", -6: "u μ micro", -3: "m milli", -2: "c centi", 3: "k kilo", 6: "M mega", 9: "G giga"
+}.items() for prefix in both.split()}
+PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -509,7 +543,8 @@ def bare_unit(word: str, spaced: bool) -> bool:
     """Whether letters behind a number are its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
     if word in ("mg", "ms", "mm", "gm", "mW", "mV", "au", "cal", "pc") and not spaced or word in ("mg", "ms", "ab"):
         return word == "mm"
-    return not unit(word)[0].startswith("label") or spaced and len(word) > 3 and word.islower() or word in ("am", "pm", "mph")
+    known = not unit(word)[0].startswith("label") or word in ("am", "pm", "mph")
+    return known or spaced and len(word) > 3 and word.islower()
 
 
 def units(text: str) -> tuple:
@@ -523,9 +558,9 @@ def units(text: str) -> tuple:
             op = "/"
         elif w in ("square", "sq", "cubic"):
             power = 3 if w == "cubic" else 2
-        elif w[-1].isdigit() or w in ("squared", "cubed"):
-            node = (node[0], node[1], ("^", node[2], exact({"squared": 2, "cubed": 3}.get(w) or int(w)))) if len(node) == 3 else node
-        elif w not in ("of", "a", "an") or len(words) == 1:
+        elif (w[-1].isdigit() or w in ("squared", "cubed")) and len(node) == 3:
+            node = (*node[:2], ("^", node[2], exact({"squared": 2, "cubed": 3}.get(w) or int(w))))
+        elif not w[-1].isdigit() and w not in ("of", "a", "an"):
             node, op, power = (op, node, ("^", ("unit", w), exact(power)) if power > 1 else ("unit", w)), "*", 1
     return node
 
@@ -552,7 +587,7 @@ class At(NamedTuple):
 
 
 def sample(name: str, point):
-    """A fixed "random" number for a name. The points have negative and large ones too, where |x - 500| is not 500 - x."""
+    """A fixed "random" number for a name; negative and large at some points, where |x - 500| is not 500 - x."""
     if not isinstance(point, int):
         return point
     h, scale = zlib.crc32(f"{name}@{point}".encode()), (1, -1, 41, 13, 1009, 100_003)[point]
@@ -598,7 +633,8 @@ def call(name: str, x: list, point):
     m, a = real(), x[0]
     if name[0] == "?":    # an unknown function is any fixed generic one
         h = zlib.crc32(name.encode())
-        return point if not isinstance(point, int) else sum((h % 89 + 1 + i + (v + h % 7) * v * (i + 3) / 7 for i, v in enumerate(x)), m.mpf(0))
+        generic = sum((h % 89 + 1 + i + (v + h % 7) * v * (i + 3) / 7 for i, v in enumerate(x)), m.mpf(0))
+        return generic if isinstance(point, int) else point
     if any(isinstance(v, m.matrix) or m.isinf(v) for v in x):
         raise Unparsed(f"{name} of this")
     if name in ("!", "binom"):
@@ -692,12 +728,14 @@ def close(x, y, gold: tuple, answer: tuple) -> bool:
         if not mine or not mine[1]:
             return bool(off < 1e-6)
         ulp = m.mpf(mine[2].numerator) / mine[2].denominator / abs(m.mpf(mine[1].numerator) / mine[1].denominator)
-        cut_off = not measured and abs(y) < abs(x) and off < ulp and not m.almosteq(m.nint(x / (ulp * y)), x / (ulp * y), 1e-9)
+        steps = x / (ulp * y)    # an integer when these digits suffice to write x exactly: then nothing was cut off
+        cut_off = not measured and abs(y) < abs(x) and off < ulp and not m.almosteq(m.nint(steps), steps, 1e-9)
         if off <= ulp / 2 or off < 1e-14 or cut_off:
             return True
     if measured and measured[1] and (measured[4] or measured[3] > 1 and measured[1].denominator > 1):
         ulp = abs(measured[2] / measured[1])
-        fine = not mine or not mine[1] or abs(mine[2] / mine[1]) <= ulp * Fraction(11, 10)    # 4e33 says less than 4.5e33
+        # 4e33 says less than 4.5e33 does
+        fine = not mine or not mine[1] or abs(mine[2] / mine[1]) <= ulp * Fraction(11, 10)
         return fine and bool(off <= m.mpf(ulp.numerator) / ulp.denominator / 2 * (1 + m.ldexp(1, -60)))
     return False
 
@@ -711,8 +749,8 @@ def as_units(node, letters: set[str]):
 def equal(gold: tuple, answer: tuple, work: list) -> bool:
     """Equality by value. Units count when both sides have them, and 28% is also 0.28, 90 degrees also pi/2."""
     has = [any(n[0] == "unit" for n in walk(t)) for t in (gold, answer)]
-    if has == [True, False]:    # letters behind a number may be the unit that the gold spells as one: 5 m
-        answer = as_units(answer, set(UNITS) - names(gold))
+    if not has[1] and names(answer) and (has[0] or not names(gold)):    # in 5 m and 9.8 m/s^2 the letters are units
+        answer = as_units(answer, {u for u in UNITS if has[0] or len(u) == 1} - names(gold))
         has[1] = any(n[0] == "unit" for n in walk(answer))
     for with_units in [True] if all(has) else [False, True] if any(has) else [False]:
         agreed = 0
@@ -795,7 +833,8 @@ def inside(node: tuple, x, work: list) -> bool:
     if kind == "rel":
         sides = [value(side, At(x, False, work)) for side in node[2]]
         gaps = [a - b if real().isinf(a) or real().isinf(b) else add(a, -b) for a, b in zip(sides, sides[1:])]
-        return all({"<": g < 0, "<=": g <= 0, ">": g > 0, ">=": g >= 0, "!=": g != 0}[op] for op, g in zip(node[1], gaps))
+        return all({"<": gap < 0, "<=": gap <= 0, ">": gap > 0, ">=": gap >= 0, "!=": gap != 0}[op]
+                   for op, gap in zip(node[1], gaps))
     if kind == "such":    # {2x | x > 1} and {x in Z | x > 1} are other sets than their condition
         if node[1][0] != "sym" and node[1] != ("rel", ("∈",), (node[1][2][0], ("sym", "R"))):
             raise Unparsed("not a set of numbers")
@@ -811,7 +850,8 @@ def inside(node: tuple, x, work: list) -> bool:
         if node[1] == r"\{":
             return not all(gaps)
         if len(ends) == 2 and ends[0] <= ends[1]:
-            return (gaps[0] >= 0 if node[1] == "[" else gaps[0] > 0) and (gaps[1] <= 0 if node[3] == "]" else gaps[1] < 0)
+            above = gaps[0] >= 0 if node[1] == "[" else gaps[0] > 0
+            return above and (gaps[1] <= 0 if node[3] == "]" else gaps[1] < 0)
     if node in (("sym", "R"), ("sym", "emptyset")) or kind == "word" and "real" in node[1]:
         return node[1] != "emptyset"
     raise Unparsed("not a set of numbers")
@@ -849,20 +889,22 @@ def variants(node: tuple) -> list[tuple]:
             return tuple(pick(part, plus) for part in n) if isinstance(n, tuple) else n
         positive = plus >> (0 if linked else [s is n for s in signs].index(True)) & 1 != (n[3] == "∓")
         term = pick(n[2], plus)
-        return (term if positive else ("neg", term)) if n[1] is None else ("+", pick(n[1], plus), term if positive else ("neg", term))
+        term = term if positive else ("neg", term)
+        return term if n[1] is None else ("+", pick(n[1], plus), term)
     return [pick(node, plus) for plus in range(2 ** (min(1, len(signs)) if linked else len(signs)))]
 
 
 def named(node: tuple) -> bool:
     """Whether a left side only names the answer: x, f(x), (x, y), AB, |AB|, V_1/V_2; 11a + c and 2x do not."""
-    return names(node) != set() and all(n[0] in ("sym", "seq", "call", "*", "/") for n in walk(node)) or node[0] == "word" or (
-        node[0] == "call" and node[1][0] == "?")
+    kinds = {n[0] for n in walk(node)}
+    return node[0] == "word" or node[0] == "call" and node[1][0] == "?" or (
+        names(node) != set() and kinds <= {"sym", "seq", "call", "*", "/"})
 
 
 def unnamed(node: tuple) -> tuple:
     r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction."""
-    while node[0] == "rel" and ("=" in node[1] and set(node[1]) <= set("=:") and (
-            named(node[2][0]) or len(node[1]) > 1 or node[2][0][0] != "num" and not names(node[2][0])) or node[1] == ("∈",)):
+    while node[0] == "rel" and (node[1] == ("∈",) or "=" in node[1] and set(node[1]) <= set("=:") and (
+            named(node[2][0]) or len(node[1]) > 1 or not names(node[2][0]) and node[2][0][0] != "num")):
         cut = len(node[1]) - node[1][::-1].index("=") if "=" in node[1] else 1
         node = ("rel", node[1][cut:], node[2][cut:]) if node[1][cut:] else node[2][-1]
     return ("/", *node[2]) if node[0] == "rel" and node[1] == (":",) else node
@@ -878,11 +920,16 @@ def members(node: tuple) -> list[tuple] | None:
     return found if len(found) > 1 else None
 
 
+def is_set(node: tuple) -> bool:
+    """Whether a node can only be a set of numbers; (1, 2) and [1, 2] can also be a pair."""
+    return node[0] in ("∪", "∩", "∖", "such") or node in (("sym", "R"), ("sym", "emptyset")) or (
+        node[0] == "word" and "real" in node[1])
+
+
 def same(gold: tuple, answer: tuple, work: list) -> bool:
     """Whether two trees are the same answer: containers element by element, everything else by value."""
     spend(At(0, False, work), 1)
-    if compares(gold) or compares(answer) or any(t[0] in ("∪", "∩", "∖", "such") or t in (("sym", "R"), ("sym", "emptyset"))
-                                                 or t[0] == "word" and "real" in t[1] for t in map(unnamed, (gold, answer))):
+    if compares(gold) or compares(answer) or is_set(unnamed(gold)) or is_set(unnamed(answer)):
         return same_set(gold, answer, work) or gold[0] == answer[0] == "rel" and same_chain(gold, answer, work)
     g, a = (m and list(dict.fromkeys(m)) for m in (members(gold), members(answer)))
     if g and a:
@@ -898,12 +945,16 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
     x, y = unnamed(gold), unnamed(answer)
     if g or a:
         pair, other = g or a, y if g else x
-        if all(n[0] == "rel" and n[2][0][0] == "sym" for n in pair):    # x = 1, y = 2 for (1, 2), in the order of the names
+        if all(n[0] == "rel" and n[2][0][0] == "sym" for n in pair):    # y = 2, x = 1 for the pair (1, 2)
             pair = sorted(pair, key=lambda n: n[2][0])
         pair = [unnamed(item) for item in pair]
         if other[0] == "seq" and other[1] == "(" and (x if g else y)[1] != r"\{":    # 1, 3 for the pair (1, 3)
-            return len(pair) == len(other[2]) and all(same(*(p, o) if g else (o, p), work) for p, o in zip(pair, other[2]))
-        return len(pair) == 1 and (same(pair[0], y, work) if g else same(x, pair[0], work))
+            other = other[2]
+        elif len(pair) == 1:
+            other = (other,)
+        else:
+            return False
+        return len(pair) == len(other) and all(same(*((p, o) if g else (o, p)), work) for p, o in zip(pair, other))
     if x[0] == "seq" == y[0]:
         return x[1::2] == y[1::2] and len(x[2]) == len(y[2]) and all(same(p, q, work) for p, q in zip(x[2], y[2]))
     if {x[0], y[0]} in ({"mat"}, {"mat", "seq"}):    # a column is also a tuple
@@ -920,14 +971,16 @@ def same_chain(gold: tuple, answer: tuple, work: list) -> bool:
     """Equations up to a factor, ratios up to a factor, and chains of relations side by side in either direction."""
     (_, ops, g), (_, other, a) = gold, answer
     if set(ops + other) == {"="}:
-        if named(g[0]) and named(a[0]) and (g[0] == a[0] or {g[0][0], a[0][0]} == {"call", "sym"} and {"y", "sym"} & {g[0][1], a[0][1]}):
+        y_for_f = {g[0][0], a[0][0]} == {"call", "sym"} and "y" in (g[0][1], a[0][1])
+        if named(g[0]) and named(a[0]) and (g[0] == a[0] or y_for_f):
             return same(g[-1], a[-1], work)
         if len(g) == len(a) == 2 and proportional(chain("-", *g), chain("-", *a), work):
             return True
     if set(ops + other) == {":"}:
         return len(g) == len(a) and all(same(("/", g[0], p), ("/", a[0], q), work) for p, q in zip(g[1:], a[1:]))
     back = tuple(op.translate(str.maketrans("<>", "><")) for op in reversed(other))
-    return any(ops == o and all(same(p, q, work) for p, q in zip(g, sides)) for o, sides in ((other, a), (back, a[::-1])))
+    turned = back, a[::-1]
+    return any(ops == signs and all(same(p, q, work) for p, q in zip(g, sides)) for signs, sides in ((other, a), turned))
 
 
 # ------------------------------------------------------------------ verdicts
@@ -998,7 +1051,8 @@ def decide(gold: str, answer: str) -> str:
         return "correct" if x == y else "wrong"
     if clock(g) and clock(a) and (clock(g)[3] or clock(a)[3]):
         return "correct" if clock(g)[:3] == clock(a)[:3] and len({clock(g)[3], clock(a)[3], None}) < 3 else "wrong"
-    # A comma separates thousands or list items, or is the decimal comma of an answer; "(C) 12" is a choice and its text.
+    # A comma separates thousands or list items, or is the decimal comma of an answer; "(C) 12" is a choice with its
+    # text. Each reading is compared in turn.
     pairs = [(joined(g), joined(a))] + [(g, a)] * ((joined(g), joined(a)) != (g, a))
     if m := CHOICE.fullmatch(a):
         pairs = [(g.strip("()"), m[1])] if re.fullmatch(r"\(?[A-J]\)?", g) else pairs + [(joined(g), joined(m[2]))]
@@ -1092,7 +1146,8 @@ def verify_many(responses: list[str], golds: list[str], *, workers: int = 0, fin
     """
     finished = [None] * len(responses) if finished is None else list(finished)
     if not len(responses) == len(golds) == len(finished):
-        raise ValueError(f"lengths differ: {len(responses)} responses, {len(golds)} golds, {len(finished)} finished flags")
+        lengths = f"{len(responses)} responses, {len(golds)} golds, {len(finished)} finished flags"
+        raise ValueError(f"lengths differ: {lengths}; give one gold and one flag per response")
     rows = list(zip(responses, golds, finished))
     if not workers or not rows:
         return [verify(r, gold=g, finished=f) for r, g, f in rows]
@@ -1101,7 +1156,11 @@ def verify_many(responses: list[str], golds: list[str], *, workers: int = 0, fin
         while todo or busy:
             while todo and len(busy) < workers:
                 pipe, child = idle.pop() if idle else start_worker()
-                pipe.send(rows[todo[-1]])
+                try:
+                    pipe.send(rows[todo[-1]])
+                except ConnectionError:    # it died while idle; the row goes to the next worker
+                    child.join()
+                    continue
                 busy[pipe] = (child, todo.pop(), time.monotonic() + stuck_after)
             first = min(deadline for _, _, deadline in busy.values())
             ready = multiprocessing.connection.wait(list(busy), max(0.0, first - time.monotonic()))
@@ -1123,8 +1182,10 @@ def verify_many(responses: list[str], golds: list[str], *, workers: int = 0, fin
 
 
 def start_worker():
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.Process(target=serve, args=(theirs,), daemon=True)
+    """A pipe to a new child process that runs `serve`, and the child. Forked where possible: it needs no import."""
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    ours, theirs = context.Pipe()
+    child = context.Process(target=serve, args=(theirs,), daemon=True)
     child.start()
     theirs.close()
     return ours, child
@@ -1139,7 +1200,8 @@ def against_math_verify(rows: list[tuple[str, str]]) -> list[bool]:
         import math_verify
     except ImportError:
         raise SystemExit('math-verify is not installed: pip install "math-verify[antlr4_13_2]"') from None
-    return [bool(math_verify.verify(math_verify.parse(g if "$" in g else f"${g}$"), math_verify.parse(r))) for r, g in rows]
+    parsed = ((math_verify.parse(gold if "$" in gold else f"${gold}$"), math_verify.parse(text)) for text, gold in rows)
+    return [bool(math_verify.verify(gold, answer)) for gold, answer in parsed]
 
 
 def main() -> None:
@@ -1157,7 +1219,8 @@ def main() -> None:
     began = time.perf_counter()
     verdicts = verify_many([r for r, _ in rows], [g for _, g in rows])
     seconds = time.perf_counter() - began
-    print(f"{sum(v.correct for v in verdicts)} of {len(rows)} correct, {seconds / max(1, len(rows)) * 1e3:.2f} ms each, {reasons(verdicts)}")
+    right, each = sum(v.correct for v in verdicts), seconds / max(1, len(rows)) * 1e3
+    print(f"{right} of {len(rows)} correct, {each:.2f} ms each, {reasons(verdicts)}")
     theirs = [str(r[args.score_key]).lower() in ("true", "1", "1.0") if args.score_key in r else None for r in data]
     if args.against:
         began = time.perf_counter()
