@@ -127,11 +127,13 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
     >>> extract("We get 70 + 3, so it is **73**."), extract("First we find 70 and then", finished=False)
     (('73', ''), (None, 'truncated'))
     """
+    # 1. The finished answer: before the end of the turn, after the thinking.
     text = TURN_END.split(response, maxsplit=1)[0]
     ended, thought = finished or len(text) < len(response), text.rfind("</think>")
     if text.rfind("<think>") > thought:    # a box inside unfinished thinking is not an answer
         return None, "truncated"
     text = text[thought + 8:].strip() if thought >= 0 else text.strip()
+    # 2. Its last complete box; one that was opened later and never closed means the answer was being revised.
     found, hanging = boxes(text)
     if hanging > (found[-1][0] if found else -1):
         return None, "truncated"
@@ -140,10 +142,11 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
         return (answer, "") if answer else (None, "no_answer")
     if finished is False:
         return None, "truncated"
+    # 3. Without a box, what a finished text ends with.
     tail = text[-1500:]
     tail = tail[:CLOSING.search(tail).start()]
     if ended or text[-1:] in tuple(".!)]}*$>") or len(text) < 150:    # a long text ending in mid-sentence was cut off
-        for pattern in UNBOXED:
+        for pattern in UNBOXED:    # those that begin with .* must find the last occurrence, which match() does
             m = pattern.match(tail) if pattern.pattern.startswith((".*", "(?:.*")) else pattern.search(tail)
             if m and (answer := "".join(m.groups("")).strip(" $*")) and try_parse(answer):
                 return answer, ""
@@ -209,7 +212,7 @@ def said(text: str) -> str:
     return f" {text} " if re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$", text) else rf"\word{{{text.strip('()')}}}"
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=1024)
 def clean(text: str) -> str:
     r"""One spelling per construct, noise removed.
 
@@ -283,6 +286,7 @@ class Parser:
         return self.tokens[self.i][1]
 
     def take(self, wanted: str = "") -> str:
+        """The next token, which must be one of the wanted ones where any are named."""
         t = self.next
         if not t or wanted and t not in wanted.split():
             raise Unparsed(f"expected {wanted or 'more'} but found {t or 'the end'}")
@@ -290,6 +294,7 @@ class Parser:
         return t
 
     def deeper(self) -> None:
+        """Counts one level of nesting; the enclosing expression takes it back."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Budget(f"nested deeper than {MAX_DEPTH}")
@@ -354,6 +359,7 @@ class Parser:
         return kind in ("name", "word") or t in FACTORS
 
     def powers(self) -> tuple:
+        """An atom with what binds to it from behind: 2^10, n!, 28%, 90\\degree."""
         left = self.atom()
         while self.next in ("^", "!", "%", r"\degree"):
             t = self.take()
@@ -370,6 +376,7 @@ class Parser:
         return ("sym", self.take()) if self.tokens[self.i][0] == "name" else self.atom()
 
     def atom(self) -> tuple:
+        """The smallest complete piece: a literal, a symbol, a word, a bracket or a command with its arguments."""
         kind, t = self.tokens[self.i]
         if kind == "name" or t[:1] == "\\" and t[1:] in SYMBOLS:
             return self.symbol()
@@ -420,6 +427,8 @@ class Parser:
         return ("call", "?" + name, args[2] if args[0] == "seq" else (args,))
 
     def bracket(self) -> tuple:
+        """(...), [...], {...}, \\{...\\}, or an interval such as (0, 1]. The kind of bracket stays in the tree, because
+        (1, 2), [1, 2] and \\{1, 2\\} are three different answers; (x) and {x} are just x."""
         opened, bars = self.take(), self.bars
         if opened == r"\{" and self.next == r"\}":
             self.take()
@@ -462,6 +471,7 @@ class Parser:
         return ("^", node, power) if power else node
 
     def matrix(self) -> tuple:
+        """The cells of \\mat{a & b \\\\ c & d}, which `clean` makes of every matrix environment."""
         self.take("{")
         rows = [[]]
         while self.next != "}":
@@ -484,6 +494,7 @@ def chain(op: str, left: tuple, right: tuple) -> tuple:
 
 
 def exact(x) -> tuple:
+    """A number that carries no rounding."""
     return ("num", Fraction(x), None, 0, False)
 
 
@@ -595,6 +606,7 @@ def sample(name: str, point):
 
 
 def spend(at: At, cost: int) -> None:
+    """Charges the verdict for work about to be done. A count and not a clock, so that a busy machine changes nothing."""
     at.work[0] += cost
     if at.work[0] > MAX_WORK:
         raise Budget(f"more work than {MAX_WORK}")
@@ -614,6 +626,7 @@ def add(a, b):
 
 
 def power(a, b):
+    """a ** b. The exponent is bounded before anything is computed: 9^{9^{9^9}} must cost nothing."""
     m = real()
     if isinstance(a, m.matrix):
         if b not in range(1, 9) or a.rows != a.cols:
@@ -649,7 +662,8 @@ def call(name: str, x: list, point):
         return getattr(m, name)(m.nint(a) if abs(a - m.nint(a)) < m.ldexp(1, 60 - m.prec // 2) else a)
     if name == "sqrt":
         degree = x[1] if len(x) > 1 else m.mpf(2)
-        odd = not m.im(a) and m.re(a) < 0 and m.isint(degree) and int(degree) % 2
+        odd = not m.im(a) and m.re(a) < 0 and m.mag(degree) < 60 and m.isint(degree) and int(degree) % 2
+        # the cube root of -8 is -2, not the complex principal root
         return -power(-a, 1 / degree) if odd else power(a, 1 / degree)
     if name in ("log", "ln", "lg"):
         return m.log(a) / m.log(x[1] if len(x) > 1 else 10) if len(x) > 1 or name == "lg" else m.log(a)
@@ -699,6 +713,7 @@ def walk(tree: tuple):
 
 
 def names(*trees: tuple) -> set[str]:
+    """The free symbols: everything that gets a sample value."""
     return {n[1] for t in trees for n in walk(t) if n[0] == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
 
 
@@ -717,15 +732,15 @@ def measure(node: tuple) -> tuple | None:
 def close(x, y, gold: tuple, answer: tuple) -> bool:
     """Whether the values x of gold and y of answer agree under the precision rule of the module docstring."""
     m = real()
-    if m.isinf(x) or m.isinf(y):
+    if m.isinf(x) or m.isinf(y):    # no large number is infinite enough
         return x == y
     d = add(x, -y)
-    if not d or not x or not y:
+    if not d or not x or not y:    # 0 has no relative error: only 0 equals it
         return not d
     off, mine, measured = abs(d / x), measure(answer), measure(gold)
     decimals = [n for n in walk(answer) if n[0] == "num" and n[2] is not None]
     if decimals and min(n[3] for n in decimals) >= 6:
-        if not mine or not mine[1]:
+        if not mine or not mine[1]:    # several rounded literals, 1.414214 + 1.732051: no single last place to go by
             return bool(off < 1e-6)
         ulp = m.mpf(mine[2].numerator) / mine[2].denominator / abs(m.mpf(mine[1].numerator) / mine[1].denominator)
         steps = x / (ulp * y)    # an integer when these digits suffice to write x exactly: then nothing was cut off
@@ -741,6 +756,7 @@ def close(x, y, gold: tuple, answer: tuple) -> bool:
 
 
 def as_units(node, letters: set[str]):
+    """The tree with these symbols read as units."""
     if isinstance(node, tuple) and node[:1] == ("sym",) and node[1] in letters:
         return ("unit", node[1])
     return tuple(as_units(part, letters) for part in node) if isinstance(node, tuple) else node
@@ -748,6 +764,9 @@ def as_units(node, letters: set[str]):
 
 def equal(gold: tuple, answer: tuple, work: list) -> bool:
     """Equality by value. Units count when both sides have them, and 28% is also 0.28, 90 degrees also pi/2."""
+    # Sin 30 degrees aside, a unit that only one side writes is ignored: cm after a gold without cm. Percent and degree
+    # have plain sizes, so for them the other side may also have converted: 28% and 0.28. If both sides have units they
+    # must agree in dimension and size, which the sample value of each dimension sees to.
     has = [any(n[0] == "unit" for n in walk(t)) for t in (gold, answer)]
     if not has[1] and names(answer) and (has[0] or not names(gold)):    # in 5 m and 9.8 m/s^2 the letters are units
         answer = as_units(answer, {u for u in UNITS if has[0] or len(u) == 1} - names(gold))
@@ -762,7 +781,7 @@ def equal(gold: tuple, answer: tuple, work: list) -> bool:
                     raise
                 continue
             m = real()
-            cells = [(x, y)]
+            cells = [(x, y)]    # a matrix is compared cell by cell
             if isinstance(x, m.matrix) or isinstance(y, m.matrix):
                 fits = isinstance(x, m.matrix) and isinstance(y, m.matrix) and (x.rows, x.cols) == (y.rows, y.cols)
                 cells = list(zip(x, y)) if fits else [(m.mpf(0), m.mpf(1))]
@@ -773,7 +792,7 @@ def equal(gold: tuple, answer: tuple, work: list) -> bool:
                 agreed = 0
                 break
             agreed += 1
-        if agreed:
+        if agreed:    # at least one point where both have a value: 1/0 equals nothing
             return True
     return False
 
@@ -931,6 +950,8 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
     spend(At(0, False, work), 1)
     if compares(gold) or compares(answer) or is_set(unnamed(gold)) or is_set(unnamed(answer)):
         return same_set(gold, answer, work) or gold[0] == answer[0] == "rel" and same_chain(gold, answer, work)
+    # Lists and sets: as many different elements on both sides, each with a partner of its own. A subset of the
+    # solutions, and a list of guesses around the right one, both fail here.
     g, a = (m and list(dict.fromkeys(m)) for m in (members(gold), members(answer)))
     if g and a:
         left = list(a)
@@ -955,6 +976,7 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
         else:
             return False
         return len(pair) == len(other) and all(same(*((p, o) if g else (o, p)), work) for p, o in zip(pair, other))
+    # Tuples and intervals: the same brackets and the same order.
     if x[0] == "seq" == y[0]:
         return x[1::2] == y[1::2] and len(x[2]) == len(y[2]) and all(same(p, q, work) for p, q in zip(x[2], y[2]))
     if {x[0], y[0]} in ({"mat"}, {"mat", "seq"}):    # a column is also a tuple
@@ -991,8 +1013,7 @@ CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?:([ap])\.?(?:m\.?)
 THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
 
 
-@functools.lru_cache(maxsize=8192)
-def parse(text: str) -> tuple:
+def build(text: str) -> tuple:
     """The tree of a cleaned text. Errors: Unparsed when it is not in the grammar, Budget when over the limits."""
     if len(text) > MAX_CHARS:
         raise Budget(f"{len(text)} characters, at most {MAX_CHARS} are read")
@@ -1003,7 +1024,16 @@ def parse(text: str) -> tuple:
     return tree
 
 
+remembered = functools.lru_cache(maxsize=8192)(build)
+
+
+def parse(text: str) -> tuple:
+    """`build`, remembered for the short texts that golds and most answers are: long ones would fill the memory."""
+    return remembered(text) if len(text) <= 200 else build(text)
+
+
 def try_parse(text: str) -> tuple | None:
+    """The tree of a text that may be no answer at all, None then."""
     try:
         return parse(joined(clean(text)))
     except (Unparsed, Budget):
@@ -1012,12 +1042,13 @@ def try_parse(text: str) -> tuple | None:
 
 def joined(text: str) -> str:
     """1,234 and 1 234 as 1234, except inside brackets, where a comma separates."""
-    if re.search(r"[(\[]|\\\{", text):
+    if re.search(r"[(\[]|\\\{", text):    # (100,200) is a pair
         return text
     return THOUSANDS.sub(lambda m: m[0].replace(",", "").replace(" ", ""), text)
 
 
 def rational(text: str) -> Fraction | None:
+    """An integer or a plain fraction without parsing: two thirds of real verdicts end here or at equal strings."""
     m = RATIONAL.fullmatch(text)
     if not m or m[2] is None and not int(m[4] or m[6]):
         return None
@@ -1044,6 +1075,7 @@ def decide(gold: str, answer: str) -> str:
     if max(len(answer), len(g)) > MAX_CHARS:
         return "correct" if answer.strip() == gold.strip() else "budget"
     a = clean(answer)
+    # Equal strings, then two rationals, then two times of day, and only then trees. A space between digits is not noise.
     if re.sub(r"(?<!\d) | (?!\d)", "", g) == re.sub(r"(?<!\d) | (?!\d)", "", a):
         return "correct" if a else "no_answer"
     x, y = rational(joined(g)), rational(joined(a))
@@ -1058,7 +1090,7 @@ def decide(gold: str, answer: str) -> str:
         pairs = [(g.strip("()"), m[1])] if re.fullmatch(r"\(?[A-J]\)?", g) else pairs + [(joined(g), joined(m[2]))]
     elif re.fullmatch(r"-?\d+,\d+", a) and re.fullmatch(r"-?\d*\.\d+", g):
         pairs.append((g, a.replace(",", ".")))
-    reason = "unparsed"
+    reason = "unparsed"    # unless some reading of the answer and of the gold could be compared
     for p, q in pairs:
         try:
             if compare(parse(p), parse(q)):
