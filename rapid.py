@@ -52,11 +52,11 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         ctx.temperature, ctx.chunk = temperature, chunk
-        buffer = _buffer(hidden, weight, chunk)                                      # [v, M]
+        buffer, half = _buffers(hidden, weight, chunk)                               # [v, M] each
         spare = torch.empty_like(buffer)                                             # [v, M]
         total = torch.zeros_like(buffer[0])                                          # [M] sum of exp(z - top)
         top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
-        for _, rows, z, inside, place in _slices(buffer, hidden, weight, targets, temperature):
+        for _, rows, z, inside, place in _slices(buffer, half, hidden, weight, targets, temperature):
             chosen = torch.where(inside, z.gather(0, place), chosen)[0]              # [M]
             higher = torch.maximum(top, z.amax(0))                                   # [M]
             shrink = (top - higher).exp()                                            # [M] of what is summed so far
@@ -77,39 +77,41 @@ class _HeadLogps(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)                    # [M, D]
         product = torch.empty_like(grad_hidden)                                      # [M, D]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; None: frozen
-        buffer = _buffer(hidden, weight, ctx.chunk)                                  # [v, M]
-        for lo, rows, z, inside, place in _slices(buffer, hidden, weight, targets, ctx.temperature):
+        buffer, half = _buffers(hidden, weight, ctx.chunk)                           # [v, M] each
+        for lo, rows, z, inside, place in _slices(buffer, half, hidden, weight, targets, ctx.temperature):
             z.sub_(log_z).exp_().mul_(-scale)                                        # [v, M] d logp/d z = onehot - p
-            z = z.scatter_add_(0, place, torch.where(inside, scale, 0.0)).to(hidden.dtype)  # [v, M]
+            z = half[:len(z)].copy_(z.scatter_add_(0, place, torch.where(inside, scale, 0.0)))  # [v, M]
             if grad_weight is not None:
                 _matmul(z, hidden, out=grad_weight[lo:lo + len(rows)])               # [v, D]
             grad_hidden += _matmul(z.T, rows, out=product)                           # [M, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _buffer(hidden, weight, chunk):
-    """Room for the logits of one slice [v, M], v such that v M is about chunk V; float64 only if hidden is."""
+def _buffers(hidden, weight, chunk):
+    """Room for a slice's logits [v, M], v M about chunk V, in float32 (float64 if hidden is) and in hidden's dtype."""
     size = min(len(weight), max(1, chunk * len(weight) // max(1, len(hidden))))
-    return hidden.new_empty(size, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    half = hidden.new_empty(size, len(hidden))                                       # [v, M]
+    wide = torch.promote_types(half.dtype, torch.float32)
+    return half if half.dtype == wide else torch.empty_like(half, dtype=wide), half
 
 
-def _slices(buffer, hidden, weight, targets, temperature):
+def _slices(buffer, half, hidden, weight, targets, temperature):
     """Yield first row, weight rows [v, D], logits [v, M] in buffer, target inside? [1, M], its place or 0 [1, M]."""
     for lo in range(0, len(weight), len(buffer)):
         rows = weight[lo:lo + len(buffer)].to(hidden.dtype)                          # [v, D]
         place = (targets - lo)[None]                                                 # [1, M]
         inside = (place >= 0) & (place < len(rows))                                  # [1, M]
-        z = _matmul(rows, hidden.T, out=buffer[:len(rows)])                          # [v, M]
+        z = _matmul(rows, hidden.T, out=buffer[:len(rows)], half=half[:len(rows)])   # [v, M]
         yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, place.where(inside, 0)
 
 
-def _matmul(a, b, out):
-    """a @ b in out's dtype. CUDA can keep a bfloat16 product in float32; elsewhere it is rounded to bfloat16 first."""
+def _matmul(a, b, out, half=None):
+    """a @ b in out's dtype. CUDA keeps a bfloat16 product in float32; elsewhere it is rounded to bfloat16."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda and not torch.version.hip:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(a @ b)
+    return out.copy_(torch.mm(a, b, out=half))
 
 
 def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=256):
@@ -119,10 +121,9 @@ def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=25
     hidden is). The matmuls run in hidden's dtype, or in autocast's where that is on; head_weight may be a float32
     master and then gets a float32 gradient. chunk: about chunk * V logits exist at a time.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))                         # [M, D]
-    with torch.autocast(device, enabled=False):
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))             # [M, D]
+    with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLogps.apply(hidden, head_weight, targets, temperature, chunk)
 
 
@@ -332,8 +333,7 @@ def add_metrics(total, part):
 
 def summarise(m):
     """Readable means of `accumulate`'s metrics (after `add_metrics` over ranks). One line each: what over what."""
-    n, tokens = m["responses"], m["tokens"]
-    mean = m["reward_sum"] / n
+    n, tokens, mean = m["responses"], m["tokens"], m["reward_sum"] / m["responses"]
     return {
         "loss": m["loss"],                                                 # Eq. (4), already divided by its constant
         "reward": mean,                                                    # per response
@@ -402,8 +402,8 @@ def print_bias_table(policies=9):
             pairs = [expected_gradient(theta, theta + distance * step, rewards, n, **kw) for n, kw in columns.values()]
             rows.append([(mu.exp() * (mu - pi)).sum(), 1 / (2 * pi - mu).exp().sum(),
                          *((got - exact).norm() / exact.norm() for got, exact in pairs)])
-        middle = torch.tensor(rows).median(0).values.tolist()
-        print(f"| {distance} |", " | ".join(f"{x:.3f}" if x > 1e-9 else f"{x:.0e}" for x in middle), "|")
+        cells = (f"{x:.3f}" if x > 1e-9 else f"{x:.0e}" for x in torch.tensor(rows).median(0).values.tolist())
+        print(f"| {distance} |", " | ".join(cells), "|")
 
 
 def bench_head(way, dtype, tokens, width, vocab, chunk):
