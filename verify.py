@@ -771,8 +771,11 @@ def equal(gold: tuple, answer: tuple, work: list) -> bool:
     # have plain sizes, so for them the other side may also have converted: 28% and 0.28. If both sides have units they
     # must agree in dimension and size, which the sample value of each dimension sees to.
     has = [any(n[0] == "unit" for n in walk(t)) for t in (gold, answer)]
-    if not has[1] and names(answer) and (has[0] or not names(gold)):    # in 5 m and 9.8 m/s^2 the letters are units
-        answer = as_units(answer, {u for u in UNITS if has[0] or len(u) == 1} - names(gold))
+    if has == [True, False]:    # 9.8 m/s^2 where the gold says \text{m/s}^2: the letters are units
+        answer = as_units(answer, set(UNITS) - names(gold))
+        has[1] = any(n[0] == "unit" for n in walk(answer))
+    elif not any(has) and answer[0] == "*" and not names(gold, *answer[1:-1]):    # 5 m where the gold says 5
+        answer = (*answer[:-1], as_units(answer[-1], {u for u in UNITS if len(u) == 1}))
         has[1] = any(n[0] == "unit" for n in walk(answer))
     for with_units in [True] if all(has) else [False, True] if any(has) else [False]:
         agreed = 0
