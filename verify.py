@@ -145,7 +145,8 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
     # 3. Without a box, what a finished text ends with.
     tail = text[-1500:]
     tail = tail[:CLOSING.search(tail).start()]
-    if ended or text[-1:] in tuple(".!)]}*$>") or len(text) < 150:    # a long text ending in mid-sentence was cut off
+    # A long text that ends in mid-sentence or mid-formula was cut off, and what it ends with is a number in passing.
+    if ended or len(text) < 150 or re.search(r"(?:[.!*$>]|\\[)\]]|\([A-J]\))$", text):
         for pattern in UNBOXED:    # those that begin with .* must find the last occurrence, which match() does
             m = pattern.match(tail) if pattern.pattern.startswith((".*", "(?:.*")) else pattern.search(tail)
             if m and (answer := "".join(m.groups("")).strip(" $*")) and try_parse(answer):
