@@ -225,7 +225,7 @@ def clean(text: str) -> str:
     text = text.translate(UNICODE)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")
+    return re.sub(r"^\{([^{}]*)\}$", r"\1", text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")).strip()
 
 
 # ------------------------------------------------------------------ parsing
