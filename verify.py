@@ -76,16 +76,16 @@ NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?: */ *\d+)?"
 # Answers without a box, tried in this order at the end of a finished text. The first that parses is taken; between
 # the signs of a formula it need not parse, because it can still be the same string as the gold.
 UNBOXED = [re.compile(p, re.S | re.I) for p in (
-    r"^(?=.{1,60}$)(?![a-z]{4,}[ :])([^\n]*[\d\\][^\n]*|\w+)$",                               # the whole text
-    r"<answer>((?:(?!<answer>).)*)</answer>\W*$",
-    r"####\s*([^\n]+)$",
+    r"(?=.{1,60}$)(?![a-z]{4,}[ :])([^\n]*[\d\\][^\n]*|\w+)$",                                # the whole text
+    r".*<answer>((?:(?!<answer>).)*)</answer>\W*$",
+    r".*####\s*([^\n]+)$",
     r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",                      # the answer is ...
-    r"\*\*([^*\n]+)\**\W*$",
+    r".*?\*\*([^*\n]+)\**\W*$",
     rf".*?({NUMBER})$",
     r"(?:.*[^\\])?(?P<formula>\$\$[^$]+|\$(?!\s*\n)(?:[^$\\]|\\.)+)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
     r".*\\(?:\[|\((?!\s*\n))(?P<formula>.+?)\\[)\]][^\d]{0,40}$",
-    r"\(([A-J])\)\W*$",
-    r"(?:^|\n)(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*|^\w+)$",                                 # the last line
+    r".*\(([A-J])\)\W*$",
+    r"(?:.*\n)?(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*)$",                                      # the last line
     rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
 
 
@@ -145,8 +145,8 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
     tail = tail[:CLOSING.search(tail).start()]
     # A long text that ends in mid-sentence or mid-formula was cut off, and what it ends with is a number in passing.
     if ended or len(text) < 150 or re.search(r"(?:[.!*$>]|\\[)\]]|\([A-J]\))$", text):
-        for pattern in UNBOXED:    # those that begin with .* must find the last occurrence, which match() does
-            m = pattern.match(tail) if pattern.pattern.startswith((".*", "(?:.*")) else pattern.search(tail)
+        for pattern in UNBOXED:
+            m = pattern.match(tail)
             answer = "".join(m.groups("")).strip(" $*") if m else ""
             if answer and ("formula" in pattern.groupindex or try_parse(answer)):
                 return answer.strip(), ""
@@ -173,12 +173,19 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"(?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
     (r"(?<!\\)\\(?:[,;:!>~ \n]|(?:displaystyle|textstyle|limits|phantom)(?![a-zA-Z])|q?quad|hspace\{[^{}]*\})", " "),
     (r"(?<!\\)~|\\[()\[\]]|(?<!\\)\$", " "),
-    # 2. font and text commands; the cells of a matrix become rows of a list: \mat{a,b;c,d}
+    # 2. font and text commands; a matrix becomes one command with a list per row: \mat{a,b}{c,d}
     (r"\\(?:mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|underline|boxed|fbox|angle|triangle)(?![a-zA-Z])", ""),
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", lambda m: said(m[1])),
     (r"\\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\}",
-     lambda m: rf"\mat{{{joined(m[1])}}}".replace("&", ",").replace(r"\\", ";")),
-    (r"\\mathbb\s*(?:\{\s*R\s*\}|R)", r"\\R "),
+     lambda m: rf"\mat{{{joined(m[1]).rstrip(' ' + chr(92))}}}".replace("&", ",").replace(r"\\", "}{")),
+    # the arithmetic in unit phrases
+    (r"\\word\{(?:of|an?|the)\} *(?=\\word)", ""), (r"\\word\{per\}|(?<=[a-z]) per (?=[a-z])", "/"),
+    (r"\\word\{mph\}|\bmph\b", r"\\word{mile}/\\word{hour}"),
+    (r"(?:\\word\{(?:square|sq)\}|\b(?:square|sq)\b)\.? *(\\word\{\w+\}|[a-z]+)", r" \1^2"),
+    (r"(?:\\word\{cubic\}|\bcubic\b) *(\\word\{\w+\}|[a-z]+)", r" \1^3"),
+    (r" *(?:\\word\{squared\}|\bsquared\b)", "^2"), (r" *(?:\\word\{cubed\}|\bcubed\b)", "^3"),
+    (r"\\mathbb ?(?:\{ ?R ?\}|R)", r"\\R "), (r"\\mathbb ?(?:\{ ?([A-Z]) ?\}|([A-Z]))", r" \1\2 "),
+    (r"[,;]?\s*\( ?([kmn]) ?\\in +([ZN]) +\)(?=[\s.}]*$)", r", \1 \\in \2"),
     # 3. fractions: \frac12 with braces, 0.\overline{3}, mixed numbers
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
@@ -224,7 +231,10 @@ def clean(text: str) -> str:
     text = " ".join(text.translate(UNICODE).split())
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return re.sub(r"^\{([^{}]*)\}$", r"\1", text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")).strip()
+    text = re.sub(r"^\{([^{}]*)\}$", r"\1", text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")).strip()
+    if ";" in text and not re.search(r"[(\[{]", text):    # p=1, q=2; p=3, q=4: solutions of several unknowns
+        text = "{" + text.replace(";", "},{") + "}"
+    return text
 
 
 # ------------------------------------------------------------------ words and units
@@ -236,17 +246,13 @@ UNITS = {name: (dim, size) for dim, row in {
     "T": "s=1 sec=1 second=1 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 year=31557600",
     "M": "g=1 gram=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523", "V": "l=1 liter=1 litre=1 L=1",
     "$": "dollar=1 cent=.01 cents=.01", "E": "J=1 joule=1 erg=1e-7", "P": "Pa=1 pascal=1",
-    "N": "N=1 newton=1 dyne=1e-5", "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1", "f": "Hz=1 hertz=1",
-    "mol": "mol=1 mole=1", "eV": "eV=1",
+    "N": "N=1 newton=1 dyne=1e-5", "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1",
+    "f": "Hz=1 hertz=1", "mol": "mol=1 mole=1", "eV": "eV=1",
 }.items() for name, size in (pair.split("=") for pair in row.split())}
 PREFIXES = {prefix: f"e{n}" for n, both in {
     -9: "n nano", -6: "u μ micro", -3: "m milli", -2: "c centi", 3: "k kilo", 6: "M mega", 9: "G giga"
 }.items() for prefix in both.split()}
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
-# Words of a unit phrase that are arithmetic: miles per hour, square inches (the exponent follows its unit).
-ARITHMETIC = {"per": [("op", "/")], "squared": [("op", "^"), ("num", "2")], "cubed": [("op", "^"), ("num", "3")],
-              "of": [], "a": [], "an": [], "mph": [("unit", "mile"), ("op", "/"), ("unit", "hour")]}
-
 
 @functools.lru_cache(maxsize=1024)
 def unit(word: str) -> tuple[str, str]:
@@ -262,7 +268,7 @@ def unit(word: str) -> tuple[str, str]:
 
 def bare_unit(word: str, spaced: bool) -> bool:
     """Whether letters behind a number are its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
-    known = word == "mph" or not unit(word)[0].startswith("label")
+    known = not unit(word)[0].startswith("label")
     return known and (spaced or word not in ("gm", "mW", "mV")) and word not in ("mg", "ms") or (
         spaced and len(word) > 3 and word.islower())
 
@@ -296,7 +302,7 @@ SPELLED = re.compile("|".join(sorted(FUNCTIONS | {"pi"}, key=len, reverse=True))
 def tokens(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each token. A run of letters is a known name, a unit behind a number, a word where nothing but
     a word can stand, and otherwise a product of functions and symbols."""
-    out, power = [("start", "")], ""
+    out = [("start", "")]
     for m in TOKEN.finditer(text):
         kind, t, (before, last) = m.lastgroup, m[m.lastgroup], out[-1]
         if len(t) > MAX_DIGITS:
@@ -316,18 +322,10 @@ def tokens(text: str) -> list[tuple[str, str]]:
                 continue
         if kind == "word" and not fresh:
             kind = "unit"
-        if kind == "unit" and (t in PROSE or len(out) > 99):
-            raise Unparsed(f"prose behind a number: {t}")
-        if kind == "unit" and t in ("square", "sq", "cubic"):
-            power = "3" if t == "cubic" else "2"
-        elif kind == "unit" and t in ARITHMETIC:
-            out += ARITHMETIC[t]
-        elif kind == "unit":
-            out, power = out + [("unit", t)] + [("op", "^"), ("num", power)] * (power != ""), ""
-        elif kind == before == "word":
+            if t in PROSE or len(out) > 99:
+                raise Unparsed(f"prose behind a number: {t}")
+        if kind == before == "word":
             out[-1] = ("word", last + " " + t)
-        elif power and t == ".":    # sq. units
-            pass
         else:
             out.append((kind, t))
     return out[1:] + [("end", "")]
@@ -357,31 +355,22 @@ class Parser:
         self.i += 1
         return t
 
-    def rows(self) -> tuple[list[list[tuple]], str]:
-        """Expressions up to a closing token: rows between semicolons, cells between commas; and how they are joined."""
-        rows, joint, apart = [[]], "", True
+    def items(self) -> tuple:
+        """What stands between two brackets or in a whole answer: one expression, or a bare list of them."""
+        found, kind, apart = [], "", True
         while self.next not in END or self.next in ("|", ":") and not self.bars:
             if self.next in SEPARATORS:
-                t, apart = self.take(), True
-                joint = "or" if t == r"\or" else joint
-                rows += [[]] * (t == ";" and rows[-1] != [])
+                kind, apart = "or" if self.take() == r"\or" else kind, True
                 continue
             if not apart:
                 raise Unparsed(f"unexpected {self.next}")
-            item, apart, before = self.expression(), False, rows[-1][-1:]
-            if before and before[0][:2] == ("rel", ("!=",)) and item[0] != "rel":    # x \ne 2, 3
-                item = ("rel", ("!=",), (before[0][2][0], item))
-            rows[-1] = rows[-1] + [item]
-        return [row for row in rows if row], joint
-
-    def items(self) -> tuple:
-        """What stands between two brackets or in a whole answer: one expression, or a bare list of them."""
-        rows, joint = self.rows()
-        if not rows:
+            item, apart = self.expression(), False
+            if found and found[-1][:2] == ("rel", ("!=",)) and item[0] != "rel":    # x \ne 2, 3
+                item = ("rel", ("!=",), (found[-1][2][0], item))
+            found.append(item)
+        if not found:
             raise Unparsed("nothing to read")
-        found = [("seq", "", tuple(row), "") if len(row) > 1 and len(rows) > 1 else row[0] for row in rows]
-        found = rows[0] if len(rows) == 1 else found
-        return found[0] if len(found) == 1 else ("seq", joint, tuple(found), "")
+        return found[0] if len(found) == 1 else ("seq", kind, tuple(found), "")
 
     def expression(self, level: int = 1) -> tuple:
         """What binds at least as tightly as level: 1 relations, 2 sets, 3 sums, 4 products, 5 powers and signs."""
@@ -426,6 +415,7 @@ class Parser:
     def powers(self) -> tuple:
         """An atom with what binds to it from behind: 2^10, n!, 28%, 90\\degree, 204_5."""
         left = self.atom()
+        self.depth -= 1
         while self.next in ("^", "!", "%", r"\degree") or self.next == "_" and left[0] == "num":
             t, start = self.take(), self.i
             if t == "^":
@@ -439,21 +429,22 @@ class Parser:
 
     def argument(self) -> tuple:
         """What ^ or a command takes: {...}, or one token; 2^10 takes the whole number."""
-        if self.next in ("-", "+"):
-            return self.signed(self.take(), self.atom())
-        return ("sym", self.take()) if self.tokens[self.i][0] == "name" else self.atom()
+        sign = self.take() if self.next in ("-", "+") else "+"
+        if self.tokens[self.i][0] == "name":
+            return self.signed(sign, ("sym", self.take()))
+        node = self.atom()
+        self.depth -= 1
+        return self.signed(sign, node)
 
     def atom(self) -> tuple:
-        """The smallest complete piece: a literal, a symbol, a word, a bracket or a command with its arguments."""
-        self.depth += 1    # every recursion of the grammar passes here
+        """The smallest complete piece: a literal, a symbol, a word, a bracket or a command with its arguments.
+
+        Every recursion of the grammar passes here, so it counts the nesting; its callers take the level back.
+        """
+        kind, t = self.tokens[self.i]
+        self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Budget(f"nested deeper than {MAX_DEPTH}")
-        node = self.piece(*self.tokens[self.i])
-        self.depth -= 1
-        return node
-
-    def piece(self, kind: str, t: str) -> tuple:
-        """What `atom` finds at its token."""
         if kind == "name" or t[:1] == "\\" and t[1:] in SYMBOLS:
             return self.symbol()
         if t in PAIRS:
@@ -478,12 +469,13 @@ class Parser:
                 raise Unparsed(f"{t} without k = ...")
             return ("call", t[1:], start[2][0], start[2][1], stop, self.expression(4))
         if t == r"\mat":
-            self.take("{")
-            rows = tuple(tuple(row) for row in self.rows()[0])
-            self.take("}")
+            rows = []
+            while self.next == "{":    # a row each
+                row = self.bracket()
+                rows.append(row[2] if row[:2] == ("seq", "") else (row,))
             if len(set(map(len, rows))) != 1:
                 raise Unparsed("a matrix with rows of unequal length")
-            return ("mat", rows)
+            return ("mat", tuple(rows))
         if t[1:] in FUNCTIONS:
             return self.function(t[1:])
         # A command that is not known is a word: it equals only itself and has no value.
@@ -532,11 +524,10 @@ class Parser:
         r"""\sin^2 x, \log_2 8, \sqrt[3]{x}, \sin 2\pi t: the argument is a bracket or else a product."""
         power = extra = None
         while self.next in ("^", "_") or self.next == "[" and name == "sqrt":
-            if self.next == "^":
-                self.take()
+            if self.next != "[" and self.take() == "^":
                 power = self.argument()
             else:
-                extra = self.bracket() if self.next == "[" else (self.take(), self.argument())[1]
+                extra = self.argument()
         if self.next in PAIRS or name == "sqrt":
             arg = self.argument()
         else:
@@ -970,8 +961,11 @@ def members(node: tuple) -> list[tuple]:
     if node[0] == "rel" and node[1] == ("=",) and named(node[2][0]) and members(node[2][1]):
         node = node[2][1]
     if node[0] == "seq" and node[1] in ("", "or", r"\{"):
-        parts = [[] if item[:2] == ("seq", "") else members(item) for item in node[2]]
-        return list(dict.fromkeys(v for item, inner in zip(node[2], parts) for v in inner or [item]))
+        # "pi/4 + k pi, k in Z" is one answer, but Z restricts an inequality
+        integer = [n[:2] == ("rel", ("∈",)) and n[2][1][1] in ("Z", "N") for n in node[2]]
+        items = node[2] if any(map(is_set, node[2])) else [n for n, out in zip(node[2], integer) if not out]
+        parts = [[] if item[:2] == ("seq", "") else members(item) for item in items]
+        return list(dict.fromkeys(v for item, inner in zip(items, parts) for v in inner or [item]))
     found = list(dict.fromkeys(variants(node)))
     return found if len(found) > 1 else []
 
@@ -983,8 +977,15 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
     if (is_set(x) or is_set(y)) and same_set(x, y, work):
         return True
     g, a = members(gold), members(answer)
+    # Lists and sets: as many different elements on both sides, each with a partner of its own. A subset of the
+    # solutions, and a list of guesses around the right one, both fail here.
     if g and a:
-        return paired(g, a, work)
+        for item in g if len(g) == len(a) else ():
+            partner = next((i for i, other in enumerate(a) if same(item, other, work)), None)
+            if partner is None:
+                return False
+            del a[partner]
+        return not a
     if gold[0] == answer[0] == "rel" and not g and not a and ("=" in gold[1]) == ("=" in answer[1]):
         return same_chain(gold, answer, work)
     if g or a:    # one side is a list: the same as one answer in braces, or as a pair with its coordinates in order
@@ -1002,18 +1003,6 @@ def same(gold: tuple, answer: tuple, work: list) -> bool:
         texts = [re.sub(r"[^a-z0-9]", "", t[1].lower()) if t[0] in ("word", "sym") else "" for t in (x, y)]
         return texts[0] == texts[1] != ""
     return x[0] not in ("seq", "rel") and y[0] not in ("seq", "rel") and equal(x, y, work)
-
-
-def paired(gold: list[tuple], answer: list[tuple], work: list) -> bool:
-    """Lists and sets: as many different elements on both sides, each with a partner of its own. A subset of the
-    solutions, and a list of guesses around the right one, both fail here."""
-    left = list(answer)
-    for item in gold if len(gold) == len(left) else ():
-        match = next((i for i, other in enumerate(left) if same(item, other, work)), None)
-        if match is None:
-            return False
-        del left[match]
-    return not left
 
 
 def same_chain(gold: tuple, answer: tuple, work: list) -> bool:
