@@ -127,10 +127,10 @@ class Config:
 # two-core machine two wait for each other). Its base policy has never written an x: the token has a probability of 3e-5
 # where a trace wants it, which gamma = 0.1 in Eq. (8) would give 3e-4 of its gradient; gamma = 0.001 keeps it alive.
 PRESETS = {
-    "builtin": dict(prompts=32, group=4, updates_per_phase=4, min_ess=0.5, shift_gamma=0.001, traced_problems=200,
-                    trace_fraction=0.5, updates=320, lr=1e-3, warmup=5, cooldown=160, max_prompt_tokens=32, max_new_tokens=48,
-                    sample_rows=1024, tokens_per_microbatch=32768, eval_every=80, samples=4, eval_temperature=1.0, save_every=80,
-                    show_every=80, threads=1, instruction=""),
+    "builtin": dict(prompts=32, group=4, updates_per_phase=4, min_ess=0.5, shift_gamma=0.001, traced_problems=400,
+                    trace_fraction=0.5, updates=400, lr=1e-3, warmup=5, cooldown=240, max_prompt_tokens=32, max_new_tokens=48,
+                    sample_rows=1024, tokens_per_microbatch=32768, eval_every=100, samples=4, eval_temperature=1.0, save_every=100,
+                    show_every=100, threads=1, instruction=""),
     # [RED]: the model, and 8 rollouts beside the traces of OpenR1-Math-46k-8192. [ours]: the rest; its 4,096 tokens of
     # context leave 3,072 for an answer, so longer traces are left out.
     "red-1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", train="Elliott/Openr1-Math-46k-8192", algo="red", group=8, prompts=128, lr=1e-6,
@@ -281,7 +281,7 @@ def tiny_model(seed):
         bos_token_id=None, eos_token_id=1, pad_token_id=0)), tokenizer
 
 
-def tiny_base(log, seed=0, rows=64, lr=1.6e-3, enough=0.26, cooldown=500, most=3000):
+def tiny_base(log, seed=0, rows=64, lr=1.6e-3, enough=0.24, cooldown=900, most=4000):
     """The built-in base policy, trained once and cached under runs/: + and - worked half-heartedly, x only guessed.
 
     It learns the sums all at once, at a step that differs between machines, so the steps are not fixed: when the smoothed

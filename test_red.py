@@ -531,7 +531,48 @@ VERIFY_CASES = {
         \sqrt{2} ;; \frac{\sqrt{2}}{\sin{90^\circ}} ;; yes
         2x' ;; {2x^\prime} ;; yes
         15\text{ cm}^2 ;; {15\text{ cm}^2} ;; yes
-        x > 2 ;; \{x \in {\mathbb R} \mid x > 2\} ;; yes""",
+        x > 2 ;; \{x \in {\mathbb R} \mid x > 2\} ;; yes
+        y=\frac{1}{x} ;; xy=1 ;; yes
+        y=\frac{1}{x} ;; xy=2 ;; no
+        y=\frac{1}{x} ;; x^2y=x ;; no
+        \frac1x+\frac1y=1 ;; x+y=xy ;; yes
+        x^2=4 ;; x=2 ;; no
+        \log 100 ;; 2 ;; yes
+        \log 100 ;; \ln 100 ;; yes
+        \log 100 ;; 3 ;; no
+        \ln 100 ;; 2 ;; no
+        x \leq 5, x \in \mathbb{R} ;; x \le 5 ;; yes
+        x \leq 5 ;; x \leq 5, x \in \mathbb{Z} ;; no
+        x > 3, x \le 4 ;; \mathbb{R} ;; no
+        x > 0 ;; y > 0 ;; no
+        x \neq 2, 3 ;; x \ne 2, x \ne 3 ;; yes
+        x \neq 2, 3 ;; x \ne 2 ;; no
+        \mathbb{R} \setminus \{2,3\} ;; x \neq 2, 3 ;; yes
+        \{x \in \mathbb{R} : |x| < 2\} ;; (-2,2) ;; yes
+        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4}+\pi k \quad (k \in \mathbb{Z}) ;; yes
+        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + k\pi ;; yes
+        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + 2k\pi, k \in \mathbb{Z} ;; no
+        n < 5, n \in \mathbb{Z} ;; n < 5 ;; no
+        \mathbb{Z} ;; \mathbb{N} ;; no
+        \sum_{k=1}^{10} k ;; 55 ;; yes
+        \sum_{k=1}^{10} k ;; 54 ;; no
+        \prod_{k=1}^{5} k ;; 5! ;; yes
+        \sum_{k=1}^{\infty} \frac{1}{k^2} ;; \sum_{k=1}^{\infty} \frac{1}{k^3} ;; no
+        \int_0^1 x dy ;; \int_0^1 y dx ;; no
+        p=5,q=2;p=7,q=2 ;; (5,2),(7,2) ;; yes
+        p=5,q=2;p=7,q=2 ;; (5,7),(2,2) ;; no
+        0,111 ;; 0.111 ;; yes
+        0,1 ;; 0.1 ;; no
+        5 \text{ p.m.} ;; 5:00 \text{ p.m.} ;; yes
+        2:15 \text{ p.m.} ;; 4:30 \text{ p.m.} ;; no
+        5p ;; 5 ;; no
+        34 \text{ square inches} ;; 34 \text{ in}^2 ;; yes
+        34 \text{ square inches} ;; 34 \text{ inches} ;; no
+        9.8 \text{ m/s}^2 ;; 9.8 \text{ meters per second squared} ;; yes
+        9.8 \text{ m/s}^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} ;; yes
+        \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} ;; \begin{pmatrix} 1000 \\ 2 \end{pmatrix} ;; yes
+        1 = \foo = 5 ;; 5 ;; yes
+        5 ;; \foo 5 ;; no""",
     "gaming": r"""
         5 ;; answer ;; no
         5 ;; x ;; no
@@ -619,6 +660,10 @@ VERIFY_EXTRACTIONS = [
     ("12", None, "12"),
     ("x = 5 " * 60 + "and then we multiply 35 by", None, "no_answer"),
     ("1521 - 1369 = " * 60 + "15", None, "no_answer"),
+    ("We add. " * 40 + "The final answer is $28$. I hope it is correct. Note: the solution [Note", None, "28"),
+    ("Answer $\\frac{1}{2} = 0.5$", None, r"\frac{1}{2} = 0.5"),
+    ("Answer \\[ 9 \\]", None, "9"),
+    (r"$F_n = \sum_{k} F_k \int$", None, r"F_n = \sum_{k} F_k \int"),
     ("The number of cats is 12. " * 20 + "Then", None, "no_answer"),
     ("Now compute the length. " * 20 + "It is \\sqrt{0^2 + 1^2}", None, "no_answer"),
 ]
