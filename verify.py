@@ -244,7 +244,8 @@ UNITS = {name: (dim, size) for dim, row in {
     "": "percent=.01 pct=.01 percentage=.01 degree=deg deg=deg unit=1 rad=1 radian=1 time=1",
     "L": "m=1 meter=1 metre=1 inch=.0254 inches=.0254 in=.0254 foot=.3048 feet=.3048 ft=.3048 yard=.9144 mile=1609.344",
     "T": "s=1 sec=1 second=1 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 year=31557600",
-    "M": "g=1 gram=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523", "V": "l=1 liter=1 litre=1 L=1",
+    "M": "g=1 gram=1 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523",
+    "L^3": "l=1e-3 liter=1e-3 litre=1e-3 L=1e-3",
     "$": "dollar=1 cent=.01 cents=.01", "E": "J=1 joule=1 erg=1e-7", "P": "Pa=1 pascal=1",
     "N": "N=1 newton=1 dyne=1e-5", "W": "W=1 watt=1", "U": "V=1 volt=1", "A": "A=1 ampere=1", "K": "K=1 kelvin=1",
     "f": "Hz=1 hertz=1", "mol": "mol=1 mole=1", "eV": "eV=1",
@@ -255,14 +256,15 @@ PREFIXES = {prefix: f"e{n}" for n, both in {
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
 
 @functools.lru_cache(maxsize=1024)
-def unit(word: str) -> tuple[str, str]:
+def unit(word: str) -> tuple[str, str | Fraction]:
     """(dimension, size) of a unit word with its plural and SI prefix; a label is a dimension of its own."""
     for w in (word, word.lower(), word.removesuffix("s").lower(), word.removesuffix("s")):
         if w in UNITS:
             return UNITS[w]
         for n in (5, 4, 1):
-            if w[:n] in PREFIXES and UNITS.get(w[n:], ("", ""))[1] == "1":
-                return UNITS[w[n:]][0], "1" + PREFIXES[w[:n]]
+            dim, size = UNITS.get(w[n:], ("", ""))
+            if w[:n] in PREFIXES and (size == "1" or dim == "L^3"):
+                return dim, Fraction(size) * Fraction("1" + PREFIXES[w[:n]])
     return "label " + word.lower().removesuffix("s"), "1"
 
 
@@ -275,6 +277,8 @@ def bare_unit(word: str, spaced: bool) -> bool:
 
 # ------------------------------------------------------------------ tokens
 
+# The vocabulary of the grammar, in the order in which a text meets it: spellings of one meaning become one token
+# (RENAMED), which is an operator with its level (BINARY), the beginning of a factor (FACTORS), or a bracket (PAIRS).
 TOKEN = re.compile(
     r"\s*(?:(?P<num>\d+\.?\d*|\.\d+)|\\word\{(?P<word>[^{}]*)\}|(?P<cmd>\\[a-zA-Z]+|\\.)"
     r"|(?P<name>[^\W\d_]+)|(?P<op>[<>!=:]=|\S))")
@@ -283,6 +287,7 @@ FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot asin acos a
 SYMBOLS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
               "chi psi omega Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset R "
               "ldots max min".split())
+# What a product goes on with without a sign. A command that is missing here ends the expression: the text is refused.
 FACTORS = set(r"( [ { | \$ \langle \lfloor \lceil \frac \binom \mat \sum \prod".split()) | {
     "\\" + t for t in FUNCTIONS | SYMBOLS}
 BINARY = {op: (level, kind) for level, row in enumerate((
@@ -293,6 +298,7 @@ RENAMED = dict(pair.split("→") for pair in (
     r"or→\or and→, infinity→\infty inf→\infty oo→\infty pi→\pi \varnothing→\emptyset \dots→\ldots \cdots→\ldots "
     r"\lor→\or \land→, \lvert→| \rvert→| \mid→| \vert→| \|→| \rbrack→] \lbrack→[ \,→, \[→[ \]→] \%→%"
 ).split()) | {f: "\\" + f for f in FUNCTIONS}
+# An interval may open and close differently: (0, 1].
 PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
 SEPARATORS = (",", ";", r"\or")
 END = set(") ] } \\} | : \\rangle \\rfloor \\rceil".split()) | {""}
@@ -307,6 +313,8 @@ def tokens(text: str) -> list[tuple[str, str]]:
         kind, t, (before, last) = m.lastgroup, m[m.lastgroup], out[-1]
         if len(t) > MAX_DIGITS:
             raise Budget(f"a token of {len(t)} characters, at most {MAX_DIGITS} are read")
+        # Where a word can stand alone (fresh), and where letters continue a quantity (behind): "Monday" and "x = even"
+        # are words, "12 apples" and "5 cm/s" have units, "abc" behind anything else is a product.
         behind = before in ("num", "unit") or last in ("}", ")", "%") or last == "/" and out[-2][0] == "unit"
         fresh = before in ("start", "word") or last in (*SEPARATORS, "(", "=", r"\{") or len(out) == 2 and last == "{"
         if kind != "word" and t in RENAMED:
@@ -338,7 +346,8 @@ def tokens(text: str) -> list[tuple[str, str]]:
 
 
 class Parser:
-    """Precedence climbing over the tokens of one answer. State: position, nesting, and whether a | would close."""
+    """Precedence climbing over the tokens of one answer. State: the position, how deep the grammar is nested, and
+    whether a bar or colon would close what is open, as in |x| and {x | x > 0}."""
 
     def __init__(self, text: str):
         self.tokens, self.i, self.depth, self.bars = tokens(text), 0, 0, False
@@ -491,6 +500,7 @@ class Parser:
             if self.take() == "_":
                 self.argument()
             name += "".join(t for _, t in self.tokens[start:self.i] if t not in "{}")
+        # Letters that usually name functions, before a bracket with a single number or letter, are called; f always is.
         (kind, _), (_, after) = (self.tokens + [("", "")] * 2)[self.i + 1:self.i + 3]
         function = name in ("f", "g", "h") or after == ")" and (kind == "num" or kind == "name" and (
             name[0] in "fghFGHPQWpquyvxIT" or len(name) > 1))
@@ -715,6 +725,7 @@ def value(node: tuple, at: At):
     """The value of a tree: an mpmath number or matrix. Errors: Unparsed where it has none, Budget over the limits."""
     kind, m = node[0], real()
     spend(at, 200 if kind == "call" and node[1] in ("!", "binom") else 10 if kind in ("call", "^") else 1)
+    # 1. leaves
     if kind == "num":
         return m.convert(node[1])
     if kind == "sym":
@@ -723,7 +734,11 @@ def value(node: tuple, at: At):
     if kind == "unit":
         dim, size = unit(node[1])
         scale = m.pi / 180 if size == "deg" else m.convert(Fraction(size))
-        return m.mpf(1) if not at.units else scale * sample("unit " + dim, at.point) if dim else scale
+        base, _, exponent = dim.partition("^")
+        if at.units and dim:
+            scale *= sample("unit " + base, at.point) ** int(exponent or 1)
+        return scale if at.units else m.mpf(1)
+    # 2. everything that has parts; what goes wrong in them means that there is no value
     if kind == "mat":
         return m.matrix([[value(cell, at) for cell in row] for row in node[1]])
     try:
@@ -797,11 +812,13 @@ def equal(gold: tuple, answer: tuple, work: list) -> bool:
     there the other side may also have converted: 28% and 0.28. If both sides have units they must agree in dimension
     and size, which the sample value of each dimension sees to. \\log is natural or decimal, the same on both sides.
     """
+    # 1. Which letters of the answer are units: 5 m, 9.8 m/s^2 where the gold has no letters.
     head = answer
     while head[0] in ("*", "/"):
         head = head[1]
-    if head is not answer and head[0] != "sym" and not names(gold):    # 5 m where the gold says 5: a unit
+    if head is not answer and head[0] != "sym" and not names(gold):
         answer = swap(answer, lambda n: ("unit", n[1]) if n[0] == "sym" and n[1] in UNITS else None)
+    # 2. The readings in which both sides may agree.
     nodes = [list(walk(t)) for t in (gold, answer)]
     has = [any(n[0] == "unit" for n in parts) for parts in nodes]
     tens = [False, True] if any(n[:2] == ("call", "log") and len(n) == 3 for n in sum(nodes, [])) else [False]
@@ -838,6 +855,7 @@ def proportional(f: tuple, g: tuple, work: list) -> bool:
     if len(rows) < 2 or not names(f) == names(g) != set() or any(
             isinstance(v, real().matrix) or not v for row in rows for v in row):
         return False
+    # f = 0 and f d = 0 have the same solutions, because f has none where its denominator d is 0
     ratios = [[x / y for x, y, _, _ in rows], [x * d / (y * e) for x, y, d, e in rows]]
     return any(not any(add(r, -row[0]) for r in row) for row in ratios)
 
@@ -949,6 +967,7 @@ def named(node: tuple) -> bool:
 
 def unnamed(node: tuple) -> tuple:
     r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction."""
+    # A chain of equalities claims its last side. Of two sides the left one must be a name, so that 5 = 5 is no 5.
     while node[0] == "rel" and (node[1] == ("∈",) or "=" in node[1] and set(node[1]) <= set("=:") and (
             named(node[2][0]) or len(node[1]) > 1 or not names(node[2][0]) and node[2][0][0] != "num")):
         cut = len(node[1]) - node[1][::-1].index("=") if "=" in node[1] else 1
@@ -1016,6 +1035,7 @@ def same_chain(gold: tuple, answer: tuple, work: list) -> bool:
             return True
     if set(ops + other) == {":"}:
         return len(g) == len(a) and all(same(("/", g[0], p), ("/", a[0], q), work) for p, q in zip(g[1:], a[1:]))
+    # a < b <= c is also c >= b > a
     back = tuple(op.translate(str.maketrans("<>", "><")) for op in reversed(other))
     turned = back, a[::-1]
     return any(ops == signs and all(same(p, q, work) for p, q in zip(g, sides))
@@ -1090,7 +1110,7 @@ def decide(gold: str, answer: str) -> str:
     if max(len(answer), len(g)) > MAX_CHARS:
         return "correct" if answer.strip() == gold.strip() else "budget"
     a = clean(answer)
-    # Equal strings, then two times of day, and only then trees. "2 3" is not 23.
+    # Equal strings, as two thirds of real verdicts are, then two times of day, and only then trees. "2 3" is not 23.
     if re.sub(r"(?<!\d) | (?!\d)", "", g) == re.sub(r"(?<!\d) | (?!\d)", "", a):
         return "correct" if a else "no_answer"
     times = [clock(t) for t in (g, a)]
