@@ -440,8 +440,12 @@ class HFEngine:
             chosen = order[start:start + per_batch]
             uniforms = [torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[i] + j))
                         for i in chosen for j in range(n)]
-            with autocast(self.cfg, self.model):
-                samples = self.batch([prompts[i] for i in chosen], n, temperature, torch.stack(uniforms), stopped)
+            try:
+                with autocast(self.cfg, self.model):
+                    samples = self.batch([prompts[i] for i in chosen], n, temperature, torch.stack(uniforms), stopped)
+            except torch.OutOfMemoryError as error:
+                raise Stop(f"out of memory while sampling {len(uniforms)} sequences side by side: lower --sample-rows (found "
+                           f"{self.cfg.sample_rows}) or --max-new-tokens (found {max_new_tokens})") from error
             for k, i in enumerate(chosen):
                 results[i] = samples[k * n:(k + 1) * n]
         return results
@@ -1016,6 +1020,7 @@ class State:
     bad: int = 0                   # updates in a row that were not finite
     token_budget: int = 0          # --tokens-per-microbatch, halved when memory ran out
     evaluated: int = -1            # update of the newest evaluation
+    accuracy: float | None = None  # its mean@k, over all sets
     saved: int = 0                 # update of the newest checkpoint
     seconds: float = 0.0           # training time, evaluation and saving left out
     metrics_bytes: int = 0         # length of metrics.jsonl: what a killed run wrote beyond it is cut off on resume
@@ -1038,12 +1043,12 @@ class Run:
         except OSError as error:
             raise Stop(f"--out: {self.path} cannot be written: {error.strerror}; give another directory") from error
 
-    def write(self, name, rows, mode="a"):
+    def write(self, name, rows, mode="a", indent=None):
         """Lines of JSON into a file of the run, at once. What a full disk leaves of a line is cut off on resume."""
         if self.world.rank == 0 and rows:
             try:
                 with open(self.path / name, mode) as f:
-                    f.write("".join(json.dumps(row) + "\n" for row in rows))
+                    f.write("".join(json.dumps(row, indent=indent) + "\n" for row in rows))
             except OSError as error:
                 raise Stop(f"{self.path / name} could not be written: {error.strerror}; make room, then "
                            f"python red.py --resume {self.path}") from error
@@ -1054,7 +1059,8 @@ class Run:
         if self.world.rank or not (bar or last or row["update"] % 10 == 0):
             return
         left = state.seconds / row["update"] * (self.cfg.updates - row["update"])
-        names = dict(reward=".3f", ess=".2f", lam=".2f", entropy=".3f", entropy_off=".3f", loss="+.4f", length=".1f", tokens_per_second=".0f")
+        row = {**row, "accuracy": state.accuracy}
+        names = dict(reward=".3f", accuracy=".3f", ess=".2f", lam=".2f", entropy=".3f", entropy_off=".3f", loss="+.4f", length=".1f", tokens_per_second=".0f")
         shown = "  ".join(f"{name} {row[name]:{form}}" for name, form in names.items() if row.get(name) is not None)
         line = f"update {row['update']}/{self.cfg.updates}  phase {state.phase}  {shown}  left {left:.0f} s"
         print(f"\r\033[K{line}" if bar else line, end="" if bar and not last else "\n", flush=True)
@@ -1065,7 +1071,8 @@ class Run:
                  "every response of an update was right: train on harder problems": row.get("reward") == 1,
                  "every response of an update was truncated: raise --max-new-tokens": row.get("truncated") == 1,
                  "the entropy of the policy has collapsed: lower --lr, or give more traces": row.get("entropy", 1.0) < 1e-3,
-                 "sampler and trainer disagree on-policy by over 1 % per token: see the README": row.get("abs_dlogp_on_policy", 0) > 0.01}
+                 "sampler and trainer disagree on-policy by over 20 % per token: are temperature and model the same?":
+                     row.get("abs_dlogp_on_policy", 0) > 0.2}
         for text in (t for t, seen in signs.items() if seen and t not in self.warned):
             self.warned.add(text)
             self.log(f"warning, update {row['update']}: {text}")
@@ -1226,15 +1233,17 @@ def show_samples(text, items, groups, log):
 def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, state, log):
     """The whole loop. Returns when --updates are taken; raises Interrupted, with a checkpoint, when a signal asks."""
     signals, used = Signals(), []
+    # Several ranks must stop at the same place, between two updates: one that left sampling alone would hang the others.
+    stopped = signals.asked if world.size == 1 else lambda: False
     try:
         while True:
             # 1. Evaluate before the first update, every --eval-every, and after the last.
             last = state.update >= cfg.updates
             if tests and state.evaluated != state.update and (last or state.update % cfg.eval_every == 0):
-                rows, responses = evaluate(cfg, engine, text, tests, state, world, signals.asked)
+                rows, responses = evaluate(cfg, engine, text, tests, state, world, stopped)
                 run.write("metrics.jsonl", rows)
                 run.write(f"responses-{state.update:06d}.jsonl", responses, mode="w")
-                state.evaluated = state.update
+                state.evaluated, state.accuracy = state.update, float(np.mean([row["mean"] for row in rows]))
                 for row in rows:
                     log(eval_line(row))
 
@@ -1243,7 +1252,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
                 run.save(state, model, text, optimizer, queue)
             if last:
                 return
-            if signals.asked():
+            if any(world.gather(signals.asked())):
                 raise Interrupted
 
             # 3. Inference: a new phase when the last one is used up. mu of Eq. (1) is the policy as it is now.
@@ -1251,7 +1260,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             if cfg.algo == "sft":
                 state.plan = [queue.draw(cfg.prompts)]
             elif not state.batches:
-                phase = draw_phase(cfg, engine, text, items, queue, state, world, signals.asked)
+                phase = draw_phase(cfg, engine, text, items, queue, state, world, stopped)
 
             # 4. One update on the next B groups of the phase.
             for g in optimizer.param_groups:
@@ -1352,7 +1361,7 @@ def launch(argv):
     # 2. The run directory, the engine, the optimizer.
     run = run or Run(cfg, world, log)
     run.write("config.json", [dict(settings=dataclasses.asdict(cfg), environment=environment(), ranks=world.size,
-                                   parameters=model.num_parameters(), stop_tokens=sorted(text.stops))], mode="w")
+                                   parameters=model.num_parameters(), stop_tokens=sorted(text.stops))], mode="w", indent=1)
     engine = VLLMEngine(cfg, model, text, world, log) if engine_name == "vllm" else HFEngine(cfg, model, text)
     if cfg.eval_only:
         rows, responses = evaluate(cfg, engine, text, tests, State(), world)
