@@ -30,6 +30,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -50,9 +51,12 @@ import verify
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
-def opt(default, help, group=""):
-    """A Config field: its default, its line in --help, and on the first field of a group the group's title."""
-    return field(default=default, metadata={"help": help, "group": group})
+def opt(default, help, group="", allowed=None):
+    """A Config field: its default, its line in --help, and on the first field of a group the group's title.
+
+    allowed: the words it may be ("a b c"), or its least value, or (least, greatest).
+    """
+    return field(default=default, metadata={"help": help, "group": group, "allowed": allowed})
 
 
 @dataclass
@@ -65,62 +69,62 @@ class Config:
     prompt_key: str = opt("", "field of the prompt, dots for nesting, where the schema is not recognised")
     gold_key: str = opt("", "field of the gold answer, likewise")
     trace_key: str = opt("", "field of the distilled trace or list of traces, likewise")
-    limit: int = opt(0, "use the first N training problems; 0: all")
-    eval_limit: int = opt(0, "use the first N problems of each evaluation file; 0: all")
-    traced_problems: int = opt(0, "keep the traces of the first N problems that have any, drop the others'; 0: all")
+    limit: int = opt(0, "use the first N training problems; 0: all", allowed=0)
+    eval_limit: int = opt(0, "use the first N problems of each evaluation file; 0: all", allowed=0)
+    traced_problems: int = opt(0, "keep the traces of the first N problems that have any, drop the others'; 0: all", allowed=0)
     instruction: str = opt("Please reason step by step, and put your final answer within \\boxed{}.",
                            "system message of prompts that bring none; empty: none")
     trust_remote_code: bool = opt(False, "let the model directory run Python code of its own")
     preset: str = opt("", "settings under the flags given: red-1.5b | rapid-math | builtin (by itself for the built-in task)")
 
-    algo: str = opt("red", "red: Eq. (12) | rapid: Eq. (4) alone | grpo: token-level PPO clip | sft: traces alone", "Algorithm")
-    prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)")
-    group: int = opt(8, "G, responses per prompt")
-    updates_per_phase: int = opt(8, "H, updates per inference phase; 1: on-policy, no RAPID")
-    min_ess: float = opt(0.3, "Eq. (5): sample afresh when the effective sample size falls below this share; 0: never")
-    eta: float = opt(2.0, "Eq. (1): importance weights are clipped from above here")
-    is_level: str = opt("sequence", "Eq. (1): one weight per sequence, or per token (less variance, biased)")
-    baseline: str = opt("loo", "Eq. (2): loo, without the response itself (unbiased), or group (the paper's)")
-    adv_norm: str = opt("std", "Eq. (3): divide by the group's std, or none")
-    off_weight: str = opt("dynamic", "Eq. (7): dynamic, or a number in place of lam")
-    entropy_decay: float = opt(0.9, "Eq. (6): smoothing d of the two entropies; 0: raw")
-    policy_shift: str = opt("accuracy", "Eq. (8): accuracy | accuracy-reversed | on-policy | off-policy")
-    shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest weight beta of the teacher")
-    trace_fraction: float = opt(-1.0, "share of an update's prompts drawn from those with a trace; -1: as the data has them")
+    algo: str = opt("red", "red: Eq. (12) | rapid: Eq. (4) alone | grpo: token-level PPO clip | sft: traces alone", "Algorithm", allowed="red rapid grpo sft")
+    prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)", allowed=1)
+    group: int = opt(8, "G, responses per prompt", allowed=2)
+    updates_per_phase: int = opt(8, "H, updates per inference phase; 1: on-policy, no RAPID", allowed=1)
+    min_ess: float = opt(0.3, "Eq. (5): sample afresh when the effective sample size falls below this share; 0: never", allowed=(0, 1))
+    eta: float = opt(2.0, "Eq. (1): importance weights are clipped from above here", allowed=1e-12)
+    is_level: str = opt("sequence", "Eq. (1): one weight per sequence, or per token (less variance, biased)", allowed="sequence token")
+    baseline: str = opt("loo", "Eq. (2): loo, without the response itself (unbiased), or group (the paper's)", allowed="group loo")
+    adv_norm: str = opt("std", "Eq. (3): divide by the group's std, or none", allowed="std none")
+    off_weight: str = opt("dynamic", "Eq. (7): dynamic, or a number in place of lam", allowed=0)
+    entropy_decay: float = opt(0.9, "Eq. (6): smoothing d of the two entropies; 0: raw", allowed=(0, 1))
+    policy_shift: str = opt("accuracy", "Eq. (8): accuracy | accuracy-reversed | on-policy | off-policy", allowed="accuracy accuracy-reversed on-policy off-policy")
+    shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest weight beta of the teacher", allowed=(0, 1))
+    trace_fraction: float = opt(-1.0, "share of an update's prompts drawn from those with a trace; -1: as the data has them", allowed=(0, 1))
 
-    temperature: float = opt(1.0, "sampling temperature of rollouts, and of log pi in training", "Sampling")
-    max_prompt_tokens: int = opt(1024, "longer prompts are left out and counted")
-    max_new_tokens: int = opt(3072, "a response is cut here and counts as truncated; longer traces are left out")
-    engine: str = opt("auto", "auto | hf (transformers) | vllm")
-    gpu_memory_utilization: float = opt(0.5, "vllm on CUDA: share of the card's memory for its weights and KV cache")
-    sample_rows: int = opt(512, "hf engine: sequences sampled side by side")
+    temperature: float = opt(1.0, "sampling temperature of rollouts, and of log pi in training", "Sampling", allowed=1e-06)
+    max_prompt_tokens: int = opt(1024, "longer prompts are left out and counted", allowed=1)
+    max_new_tokens: int = opt(3072, "a response is cut here and counts as truncated; longer traces are left out", allowed=1)
+    engine: str = opt("auto", "auto | hf (transformers) | vllm", allowed="auto hf vllm")
+    gpu_memory_utilization: float = opt(0.5, "vllm on CUDA: share of the card's memory for its weights and KV cache", allowed=(0.01, 1))
+    sample_rows: int = opt(512, "hf engine: sequences sampled side by side", allowed=1)
 
-    updates: int = opt(500, "optimizer steps", "Optimisation")
-    lr: float = opt(1e-6, "learning rate of AdamW")
-    warmup: int = opt(10, "updates of linear warm-up; the learning rate is constant after it")
-    cooldown: int = opt(0, "last updates, in which it falls linearly to zero; 0: none")
-    weight_decay: float = opt(0.0, "decoupled weight decay")
-    max_grad_norm: float = opt(1.0, "the gradient's norm is clipped here")
-    tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass")
-    chunk: int = opt(256, "tokens' worth of logits that exist at one time")
+    updates: int = opt(500, "optimizer steps", "Optimisation", allowed=1)
+    lr: float = opt(1e-6, "learning rate of AdamW", allowed=0)
+    warmup: int = opt(10, "updates of linear warm-up; the learning rate is constant after it", allowed=0)
+    cooldown: int = opt(0, "last updates, in which it falls linearly to zero; 0: none", allowed=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay", allowed=0)
+    max_grad_norm: float = opt(1.0, "the gradient's norm is clipped here", allowed=1e-12)
+    tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", allowed=1)
+    chunk: int = opt(256, "tokens' worth of logits that exist at one time", allowed=1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about a third more time")
-    dtype: str = opt("auto", "compute in: auto (bfloat16 on GPU, float32 on CPU) | bfloat16 | float32; weights are float32")
+    dtype: str = opt("auto", "compute in: auto (bfloat16 on GPU, float32 on CPU) | bfloat16 | float32; weights are float32", allowed="auto bfloat16 float32")
 
-    eval_every: int = opt(50, "updates between evaluations; there is one before the first and one after the last", "Evaluation")
-    samples: int = opt(1, "k: responses per problem, for mean@k and pass@k")
-    eval_temperature: float = opt(0.6, "sampling temperature of evaluation; 0: greedy")
+    eval_every: int = opt(50, "updates between evaluations; there is one before the first and one after the last", "Evaluation", allowed=1)
+    samples: int = opt(1, "k: responses per problem, for mean@k and pass@k", allowed=1)
+    eval_temperature: float = opt(0.6, "sampling temperature of evaluation; 0: greedy", allowed=0)
     eval_only: bool = opt(False, "evaluate --model on --eval and stop")
 
     out: str = opt("", "run directory (torchrun has a --run of its own); empty: runs/ALGO-sSEED, numbered when taken", "Run")
     resume: str = opt("", "run directory to continue from its newest checkpoint; auto: the newest under runs/")
     seed: int = opt(0, "seed of data order, sampling and initialisation")
-    save_every: int = opt(50, "updates between checkpoints; there is one at the end")
-    keep: int = opt(2, "checkpoints kept")
-    show_every: int = opt(20, "updates between printed samples, one right and one wrong; 0: never")
-    max_bad_updates: int = opt(3, "stop after so many updates in a row with a loss or gradient that is not finite")
-    device: str = opt("auto", "auto | cpu | cuda")
-    threads: int = opt(0, "CPU threads of torch; 0: torch's own choice")
-    workers: int = opt(0, "processes that check answers; 0: in this one")
+    save_every: int = opt(50, "updates between checkpoints; there is one at the end", allowed=1)
+    keep: int = opt(2, "checkpoints kept", allowed=1)
+    show_every: int = opt(20, "updates between printed samples, one right and one wrong; 0: never", allowed=0)
+    max_bad_updates: int = opt(3, "stop after so many updates in a row with a loss or gradient that is not finite", allowed=1)
+    device: str = opt("auto", "auto | cpu | cuda", allowed="auto cpu cuda")
+    threads: int = opt(0, "CPU threads of torch; 0: torch's own choice", allowed=0)
+    workers: int = opt(0, "processes that check answers; 0: in this one", allowed=0)
 
 
 # The built-in task is small: 0.2 M parameters want a learning rate far above a 1.5B model's, and one thread (on a busy
@@ -139,16 +143,6 @@ PRESETS = {
     "rapid-math": dict(model="Qwen/Qwen2.5-1.5B", algo="rapid", eta=2.0, baseline="group", group=8, prompts=64, lr=1e-6,
                        updates_per_phase=8, max_prompt_tokens=512, max_new_tokens=1024, temperature=1.0, updates=500),
 }
-CHOICES = dict(algo="red rapid grpo sft", is_level="sequence token", baseline="group loo", adv_norm="std none",
-               policy_shift="accuracy accuracy-reversed on-policy off-policy", engine="auto hf vllm",
-               dtype="auto bfloat16 float32", device="auto cpu cuda")
-RANGES = dict(prompts=(1, None), group=(2, None), updates_per_phase=(1, None), updates=(1, None), max_prompt_tokens=(1, None),
-              max_new_tokens=(1, None), sample_rows=(1, None), tokens_per_microbatch=(1, None), chunk=(1, None), samples=(1, None),
-              eval_every=(1, None), save_every=(1, None), keep=(1, None), max_bad_updates=(1, None), warmup=(0, None), cooldown=(0, None),
-              limit=(0, None), eval_limit=(0, None), traced_problems=(0, None), show_every=(0, None), threads=(0, None),
-              workers=(0, None), temperature=(1e-6, None), eval_temperature=(0, None), lr=(0, None), weight_decay=(0, None),
-              max_grad_norm=(1e-12, None), eta=(1e-12, None), min_ess=(0, 1), entropy_decay=(0, 1), shift_gamma=(0, 1),
-              trace_fraction=(0, 1), off_weight=(0, None), gpu_memory_utilization=(0.01, 1))
 # What a resumed run may change: none of these touches the weights that come out (dtype, device, engine: by rounding only).
 FREE_ON_RESUME = set("resume out preset updates eval_every save_every keep show_every workers max_bad_updates engine "
                      "gpu_memory_utilization tokens_per_microbatch sample_rows device dtype grad_checkpointing threads".split())
@@ -164,20 +158,21 @@ class Interrupted(Exception):
 
 def validate(cfg):
     """Refuse impossible settings before anything is loaded: flag, what was found, what is allowed, the remedy."""
-    for name, allowed in CHOICES.items():
-        if getattr(cfg, name) not in allowed.split():
-            raise Stop(f"--{flag(name)}: found {getattr(cfg, name)!r}, allowed are {', '.join(allowed.split())}")
-    words = {("off_weight", "dynamic"), ("trace_fraction", -1.0)}
-    for name, (least, most) in RANGES.items():
-        value = getattr(cfg, name)
-        if (name, value) in words:
+    remarks = {"group": "; a group of one is its own mean and has no advantage", "off_weight": ", or dynamic",
+               "trace_fraction": ", or -1 for the data's own share"}
+    for f in dataclasses.fields(cfg):
+        value, allowed = getattr(cfg, f.name), f.metadata["allowed"]
+        if allowed is None or (f.name, value) in (("off_weight", "dynamic"), ("trace_fraction", -1.0)):
             continue
-        number = float(value) if not isinstance(value, str) or value.replace(".", "", 1).isdigit() else math.nan
-        if not least <= number < math.inf or most is not None and number > most:
-            allowed = f"{least} to {most}" if most is not None else f"{least} or more"
-            extra = {"group": "; a group of one is its own mean and has no advantage", "off_weight": ", or dynamic",
-                     "trace_fraction": ", or -1 for the data's own share"}.get(name, "")
-            raise Stop(f"--{flag(name)}: found {value}, allowed is {allowed}{extra}")
+        if isinstance(allowed, str) and f.name != "off_weight":
+            if value not in allowed.split():
+                raise Stop(f"--{flag(f.name)}: found {value!r}, allowed are {', '.join(allowed.split())}")
+            continue
+        least, greatest = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
+        number = float(value) if re.fullmatch(r"[-+.\de]+", str(value)) else math.nan
+        if not least <= number <= greatest or math.isinf(number):
+            shown = f"{least} to {greatest}" if greatest < math.inf else f"{least} or more"
+            raise Stop(f"--{flag(f.name)}: found {value}, allowed is {shown}{remarks.get(f.name, '')}")
     if cfg.eval_only and not (cfg.model and cfg.eval):
         raise Stop("--eval-only: needs --model DIR_OR_RUN and --eval FILE (or --eval builtin)")
     if cfg.model and not cfg.train and not cfg.eval_only:
@@ -962,16 +957,16 @@ def mean_se(values):
 
 
 def sample_and_verify(cfg, engine, text, items, *, n, temperature, seeds, stopped):
-    """-> per item a list of n (Sample, Verdict, reason). A truncated response may hold an answer but counts as wrong:
-    else not stopping would be rewarded. [ours]"""
+    """-> (per item a list of n (Sample, Verdict, reason), seconds of verification). A truncated response may hold an answer
+    but counts as wrong: else not stopping would be rewarded. [ours]"""
     engine.push(engine.model)
     groups = engine.generate([x.prompt for x in items], n=n, temperature=temperature, max_new_tokens=cfg.max_new_tokens,
                              seeds=seeds, stopped=stopped)
-    flat = [(sample, x.problem.gold) for group, x in zip(groups, items) for sample in group]
+    start, flat = time.time(), [(sample, x.problem.gold) for group, x in zip(groups, items) for sample in group]
     verdicts = iter(verify.verify_many([text.decode(s.ids) for s, _ in flat], [gold for _, gold in flat],
                                        finished=[s.finished for s, _ in flat], workers=cfg.workers))
     judged = [[(s, next(verdicts)) for s in group] for group in groups]
-    return [[(s, v, v.reason if s.finished or not v.correct else "truncated") for s, v in group] for group in judged]
+    return [[(s, v, v.reason if s.finished or not v.correct else "truncated") for s, v in group] for group in judged], time.time() - start
 
 
 def evaluate(cfg, engine, text, tests, state, world, stopped=lambda: False):
@@ -980,7 +975,7 @@ def evaluate(cfg, engine, text, tests, state, world, stopped=lambda: False):
     rows, responses = [], []
     for name, (k, items) in tests.items():
         mine = list(enumerate(items))[world.rank::world.size]
-        judged = sample_and_verify(cfg, engine, text, [x for _, x in mine], n=k, temperature=cfg.eval_temperature, stopped=stopped,
+        judged, _ = sample_and_verify(cfg, engine, text, [x for _, x in mine], n=k, temperature=cfg.eval_temperature, stopped=stopped,
                                    seeds=[seed_of(cfg.seed, "eval", name, i) for i, _ in mine])
         own = [dict(eval=name, problem=i, where=x.problem.where, level=x.problem.level, prompt=x.problem.prompt, gold=x.problem.gold,
                     response=text.decode(s.ids), answer=v.answer, correct=reason == "correct", reason=reason, tokens=len(s.ids),
@@ -1185,7 +1180,7 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
     plan = [queue.draw(cfg.prompts) for _ in range(min(cfg.updates_per_phase, cfg.updates - state.update))]
     mine = [(h, k, i) for h, indices in enumerate(plan) for k, i in enumerate(indices) if k % world.size == world.rank]
     try:
-        judged = sample_and_verify(cfg, engine, text, [items[i] for *_, i in mine], n=cfg.group, temperature=cfg.temperature,
+        judged, verify_seconds = sample_and_verify(cfg, engine, text, [items[i] for *_, i in mine], n=cfg.group, temperature=cfg.temperature,
                                    stopped=stopped, seeds=[seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine])
     except Interrupted:
         queue.state = json.loads(before)
@@ -1201,7 +1196,7 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
             counts["verdict_" + reason] = counts.get("verdict_" + reason, 0) + 1
     counts = world.sum(counts)
     state.lbar = counts["tokens"] / counts["responses"]                  # Lbar of Eq. (4): one constant per phase
-    return dict(phase=state.phase, sample_seconds=time.time() - start, **counts)
+    return dict(phase=state.phase, sample_seconds=time.time() - start - verify_seconds, verify_seconds=verify_seconds, **counts)
 
 
 class Signals:
@@ -1282,7 +1277,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             if phase:
                 row["abs_dlogp_on_policy"] = metrics["abs_dlogp"]        # 0 but for the gap between sampler and trainer
             if "length" in metrics:
-                row["tokens_per_second"] = metrics["length"] * cfg.prompts * cfg.group / max(1e-9, elapsed - phase.get("sample_seconds", 0.0))
+                row["tokens_per_second"] = metrics["length"] * cfg.prompts * cfg.group / max(1e-9, elapsed - phase.get("sample_seconds", 0.0) - phase.get("verify_seconds", 0.0))
             if model.device.type == "cuda":
                 row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             run.write("metrics.jsonl", [row])
@@ -1334,7 +1329,8 @@ def launch(argv):
     hf_logging.disable_progress_bar()
     cfg, given = parse(argv)
     world = World()
-    log = (lambda *a: print(*a, flush=True)) if world.rank == 0 else (lambda *a: None)
+    clear = "\r\033[K" if sys.stdout.isatty() else ""            # a line of text takes the place of the progress line
+    log = (lambda line: print(f"{clear}{line}", flush=True)) if world.rank == 0 else (lambda line: None)
     cfg = world.first(lambda: settle(cfg, given, world, log))
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     torch.manual_seed(cfg.seed)
