@@ -332,6 +332,11 @@ def load_model(cfg, source, device):
     return model.to(device), tokenizer
 
 
+def context(model):
+    """The longest sequence that the model was made for, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -574,7 +579,7 @@ class VLLMEngine:
         for name, value in dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1").items():
             os.environ.setdefault(name, value)
         half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cuda
-        self.room = min(cfg.max_prompt_tokens + cfg.max_new_tokens, model.config.max_position_embeddings)
+        self.room = min(cfg.max_prompt_tokens + cfg.max_new_tokens, context(model))
         # Token ids go in and out and push() brings the weights, so the engine starts from the configuration alone:
         # no tokenizer, random weights, nothing large written. Seeds come with the requests.
         settings = dict(runner="generate", dtype="bfloat16" if half else "float32", max_model_len=self.room, load_format="dummy",
@@ -706,7 +711,8 @@ def load_problems(cfg, log):
             log(f"{source}: {len(dropped)} problems are in the training data too and left out (first {dropped[0].where})")
         if not kept:
             raise Stop(f"--eval: every problem of {source} is in the training data; give held-out problems")
-        tests[Path(source).stem] = int(k or cfg.samples), kept
+        name = Path(source).stem
+        tests[source if name in tests else name] = int(k or cfg.samples), kept
     return train, tests
 
 
@@ -776,6 +782,8 @@ class World:
     def __init__(self):
         self.rank, self.size, self.local = (int(os.environ.get(k, d)) for k, d in
                                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if self.size > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(self.local)        # else every rank's stray allocations land on the first card
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -1350,8 +1358,10 @@ def launch(argv):
     else:
         model, tokenizer = load_model(cfg, cfg.model or world.first(lambda: tiny_base(log)), device)
     text = Text(tokenizer, model, cfg.instruction)
-    room = model.config.max_position_embeddings
+    room = context(model)
     items = encode(cfg, text, train_set, room, log)
+    if cfg.algo == "sft" and not cfg.eval_only and not any(x.traces for x in items):
+        raise Stop(f"--algo: sft, but every trace of {cfg.train} is longer than --max-new-tokens {cfg.max_new_tokens}; raise it")
     tests = {name: (k, encode(cfg, text, problems, room, log)) for name, (k, problems) in test_sets.items()}
 
     # 2. The run directory, the engine, the optimizer.

@@ -2316,6 +2316,15 @@ def test_queue_loses_and_repeats_nothing(tiny):
     assert sorted(queue.draw(12)) == list(range(12)) and queue.state["traced"]["epoch"] == 2
 
 
+def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n' * (1 + (folder == "y")))
+    cfg = red.Config(train="", eval=f"{tmp_path}/x/test.jsonl,{tmp_path}/y/test.jsonl@4")
+    _, tests = red.load_problems(cfg, lambda line: None)
+    assert [(k, len(p)) for k, p in tests.values()] == [(1, 1), (4, 2)]
+
+
 def test_queue_pools_keep_their_share(tiny):
     items = [dataclasses.replace(x, traces=[]) if i >= 3 else x for i, x in enumerate(tiny.items)]
     queue = red.Queue(dataclasses.replace(tiny.cfg, trace_fraction=0.5), items)
@@ -2559,6 +2568,7 @@ def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
     (["--model", "M", "--train", "bad.jsonl"], "bad.jsonl:2"),
     (["--model", "M", "--train", "noanswer.jsonl"], "no answer in 1 rows"),
     (["--model", "M", "--train", "good.jsonl", "--algo", "sft"], "no problem of good.jsonl has a trace that verifies"),
+    (["--model", "M", "--train", "traced.jsonl", "--algo", "sft", "--max-new-tokens", "2"], "every trace of traced.jsonl is longer"),
     (["--model", "M", "--train", "good.jsonl", "--max-new-tokens", "120"], "every prompt is too long (first good.jsonl:1"),
     (["--model", "M", "--train", "good.jsonl", "--eval", "good.jsonl"], "every problem of good.jsonl is in the training data"),
     (["--model", "M", "--train", "good.jsonl", "--eval", "good.jsonl@x"], "asks for x samples"),
@@ -2571,6 +2581,7 @@ def test_refusals_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch, 
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n{"prompt": \n')
     (tmp_path / "noanswer.jsonl").write_text('{"prompt": "1+1=", "gold": ""}\n')
     (tmp_path / "good.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["\\\\boxed{3}"]}\n')
+    (tmp_path / "traced.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["1+1=2;\\\\boxed{4}"]}\n')
     (tmp_path / "emptydir").mkdir()
     shutil.copytree(folder / "m", tmp_path / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
     before = sorted(tmp_path.rglob("*"))
