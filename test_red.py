@@ -2334,6 +2334,15 @@ def test_queue_pools_keep_their_share(tiny):
     assert all(i < 3 for i in red.Queue(dataclasses.replace(tiny.cfg, algo="sft"), items).draw(7))
 
 
+def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
+    item = tiny.items[0]
+    ids = tiny.text.trace("\\boxed{" + item.problem.gold + "}")
+    engine = types.SimpleNamespace(model=None, push=lambda model: None, generate=lambda prompts, **_: [[red.Sample(ids, [0.0] * len(ids), True),
+                                                                                                      red.Sample(ids[:-1], [0.0] * (len(ids) - 1), False)]])
+    (whole, cut), = red.sample_and_verify(tiny.cfg, engine, tiny.text, [item], n=2, temperature=1.0, seeds=[0], stopped=lambda: False)[0]
+    assert whole[2] == "correct" and cut[2] == "truncated"
+
+
 def test_pass_at_k_against_enumeration():
     for n, c, k in itertools.product([5], range(6), range(1, 6)):
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
