@@ -1324,6 +1324,8 @@ def settle(cfg, given, world, log):
     saved = record["settings"]
     if record["ranks"] != world.size:
         log(f"{path} was started on {record['ranks']} ranks and goes on with {world.size}: the same prompts and seeds, sums in another order")
+    if given.get("engine", saved["engine"]) != saved["engine"]:
+        log(f"{path} was started with --engine {saved['engine']} and goes on with {given['engine']}: other samples from the same seeds")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != saved.get(name):
             raise Stop(f"--{flag(name)}: found {value!r}, but {path} was started with {saved.get(name)!r}; leave the flag out, or start a new run")

@@ -2443,6 +2443,16 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, step):
     assert strip(rows_of(tmp_path / "b")) == strip(rows_of(folder / "a"))
 
 
+def test_resume_says_what_differs(folder, tmp_path, capsys):
+    """Another number of ranks and another engine are allowed, and said."""
+    shutil.copytree(folder / "a", tmp_path / "b")
+    record = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**record, "ranks": 4}))
+    assert red.main(["--resume", str(tmp_path / "b"), "--engine", "hf"]) == 0
+    said = capsys.readouterr().out
+    assert "was started on 4 ranks and goes on with 1" in said and "was started with --engine auto and goes on with hf" in said
+
+
 def test_unreadable_checkpoint_falls_back(folder, tmp_path, capsys):
     shutil.copytree(folder / "a", tmp_path / "b")
     (tmp_path / "b" / "checkpoints" / "000005" / "trainer.pt").write_bytes(b"not a checkpoint")
