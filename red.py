@@ -44,6 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 import data
 import rapid
@@ -295,7 +296,7 @@ def tiny_base(log, seed=0, rows=64, lr=1.6e-3, enough=0.24, cooldown=900, most=4
         for g in optimizer.param_groups:
             g["lr"] = lr * min(1.0, step / 50, 1.0 if left is None else left / cooldown)
         optimizer.zero_grad()
-        sums = accumulate_traces(model, traces, lambda logp, mask, rows: (-(logp * mask).sum() / tokens, 0.0), 1.0, 1 << 20, 256)
+        sums = accumulate_traces(model, traces, nll_per_token(tokens), 1.0, 1 << 20, 256)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         smooth = 0.97 * smooth + 0.03 * sums["loss"]
@@ -310,7 +311,6 @@ def tiny_base(log, seed=0, rows=64, lr=1.6e-3, enough=0.24, cooldown=900, most=4
 
 def load_model(cfg, source, device):
     """Model (float32 master weights) and tokenizer of a directory, a finished run or a hub id."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(source) / "model" if (Path(source) / "model").is_dir() else Path(source)
     if path.exists() and not (path / "config.json").is_file():
@@ -849,12 +849,17 @@ def accumulate_traces(model, traces, loss_of, temperature, token_budget, chunk):
     return sums
 
 
+def nll_per_token(tokens):
+    """The supervised loss for accumulate_traces. tokens: all trace tokens of the update, over all ranks and micro-batches."""
+    return lambda logp, mask, rows: (-(logp * mask).sum() / tokens, 0.0)
+
+
 def sft_gradients(cfg, model, items, indices, state, world):
     """--algo sft: mean negative log-likelihood per trace token of one update -> metrics; the gradient is in p.grad."""
     traces = [Trace(items[i].prompt, pick_trace(cfg, items, i, state.update + 1)) for i in indices]
     tokens = sum(len(t.response) for t in traces)
-    sums = world.sum(accumulate_traces(model, traces[world.rank::world.size], lambda logp, mask, rows: (-(logp * mask).sum() / tokens, 0.0),
-                                       1.0, state.token_budget, cfg.chunk))
+    mine = traces[world.rank::world.size]
+    sums = world.sum(accumulate_traces(model, mine, nll_per_token(tokens), 1.0, state.token_budget, cfg.chunk))
     world.sum_gradients(model.parameters())
     return dict(loss=sums["loss"], entropy_off=sums["entropy_sum"] / tokens, traces=len(traces))
 
@@ -984,7 +989,7 @@ def evaluate(cfg, engine, text, tests, state, world, stopped=lambda: False):
     for name, (k, items) in tests.items():
         mine = list(enumerate(items))[world.rank::world.size]
         judged, _ = sample_and_verify(cfg, engine, text, [x for _, x in mine], n=k, temperature=cfg.eval_temperature, stopped=stopped,
-                                   seeds=[seed_of(cfg.seed, "eval", name, i) for i, _ in mine])
+                                      seeds=[seed_of(cfg.seed, "eval", name, i) for i, _ in mine])
         own = [dict(eval=name, problem=i, where=x.problem.where, level=x.problem.level, prompt=x.problem.prompt, gold=x.problem.gold,
                     response=text.decode(s.ids), answer=v.answer, correct=reason == "correct", reason=reason, tokens=len(s.ids),
                     truncated=not s.finished)
@@ -1090,7 +1095,6 @@ class Run:
         for h, row in enumerate(whole):                  # the unused rollouts of all ranks, in the plan's order
             for rank, part in enumerate(parts):
                 row[rank::self.world.size] = part[h]
-        from safetensors import SafetensorError
         if (self.path / "metrics.jsonl").exists():
             state.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
         folder = self.path / "checkpoints"
@@ -1188,8 +1192,9 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
     plan = [queue.draw(cfg.prompts) for _ in range(min(cfg.updates_per_phase, cfg.updates - state.update))]
     mine = [(h, k, i) for h, indices in enumerate(plan) for k, i in enumerate(indices) if k % world.size == world.rank]
     try:
-        judged, verify_seconds = sample_and_verify(cfg, engine, text, [items[i] for *_, i in mine], n=cfg.group, temperature=cfg.temperature,
-                                   stopped=stopped, seeds=[seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine])
+        judged, verify_seconds = sample_and_verify(
+            cfg, engine, text, [items[i] for *_, i in mine], n=cfg.group, temperature=cfg.temperature, stopped=stopped,
+            seeds=[seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine])
     except Interrupted:
         queue.state = json.loads(before)
         raise

@@ -1977,6 +1977,15 @@ def test_mutated_rows_end_in_a_problem_or_a_named_error(tmp_path, request, schem
 
 # ---- memory -------------------------------------------------------------------------------------
 
+def load_with_peak(path):
+    """(problems, bytes of Python memory at the peak) of loading a file."""
+    tracemalloc.start()
+    try:
+        return data.load(str(path), log=quiet), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def test_jsonl_is_never_in_memory_twice(tmp_path, request):
     """The peak stays near what the problems hold. Their traces are a tenth of the file here, so that a reader
     that holds the file, or parsed rows, shows at once."""
@@ -1986,12 +1995,7 @@ def test_jsonl_is_never_in_memory_twice(tmp_path, request):
         for n in range(rows):
             file.write(json.dumps({"prompt": f"Question {n}?", "gold": n, "traces": ["t" * 2900], "unused": padding}) + "\n")
     kept = rows * 2900
-    tracemalloc.start()
-    try:
-        problems = data.load(str(path), log=quiet)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    problems, peak = load_with_peak(path)
     assert len(problems) == rows and problems[-1].gold == str(rows - 1)
     assert peak < 1.25 * kept + (4 << 20), f"{peak >> 20} MiB at the peak for {kept >> 20} MiB of traces"
 
@@ -2000,12 +2004,7 @@ def test_parquet_is_read_batch_by_batch(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path, rows = tmp_path / "big.parquet", 10_000
     pq.write_table(pa.table({"prompt": [f"Question {n}?" for n in range(rows)], "gold": list(range(rows)), "unused": ["u" * 3000] * rows}), path)
-    tracemalloc.start()
-    try:
-        problems = data.load(str(path), log=quiet)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    problems, peak = load_with_peak(path)
     assert len(problems) == rows and problems[-1].gold == str(rows - 1)
     assert peak < 12 << 20, f"{peak >> 20} MiB at the peak; the unused column alone is 28 MiB as text"
 
@@ -2415,6 +2414,14 @@ def test_a_run_leaves_what_the_readme_says(folder):
     config = json.loads((folder / "a" / "config.json").read_text())
     assert config["settings"]["prompts"] == 4 and config["environment"]["torch"] == torch.__version__
     assert not same(weights(folder / "a"), weights_of_start(folder))
+
+
+def test_readme_defines_every_metric_and_no_other(folder):
+    """The first column of the README's metrics table against what a run writes (GPU memory and early phase ends apart)."""
+    table = (HERE / "README.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    named = {name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    written = {key for row in rows_of(folder / "a") for key in row if not key.startswith("verdict_")}
+    assert written <= named and named - written <= {"peak_memory_gib", "updates_dropped"}
 
 
 def weights_of_start(folder):
