@@ -115,6 +115,7 @@ class Config:
     samples: int = opt(1, "k: responses per problem, for mean@k and pass@k", allowed=1)
     eval_temperature: float = opt(0.6, "sampling temperature of evaluation; 0: greedy", allowed=0)
     eval_only: bool = opt(False, "evaluate --model on --eval and stop")
+    report: tuple = opt((), "print the table of these finished runs, draw report.png, and stop")
 
     out: str = opt("", "run directory (torchrun has a --run of its own); empty: runs/ALGO-sSEED, numbered when taken", "Run")
     resume: str = opt("", "run directory to continue from its newest checkpoint; auto: the newest under runs/")
@@ -193,8 +194,9 @@ def parse(argv):
     for f in dataclasses.fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        text = f.metadata["help"].replace("%", "%%") + ("" if f.default in ("", False) else f" [{f.default}]")
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
+        text = f.metadata["help"].replace("%", "%%") + ("" if f.default in ("", False, ()) else f" [{f.default}]")
+        kind = {"action": "store_true"} if f.type is bool else {"nargs": "+", "metavar": "RUN"} if f.type is tuple else {
+            "type": f.type, "metavar": f.type.__name__.upper()}
         group.add_argument("--" + flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     builtin = given.get("train", "" if "model" in given else "builtin") == "builtin" or given.get("eval", "").startswith("builtin")
@@ -992,14 +994,15 @@ def evaluate(cfg, engine, text, tests, state, world, stopped=lambda: False):
                                       seeds=[seed_of(cfg.seed, "eval", name, i) for i, _ in mine])
         own = [dict(eval=name, problem=i, where=x.problem.where, level=x.problem.level, prompt=x.problem.prompt, gold=x.problem.gold,
                     response=text.decode(s.ids), answer=v.answer, correct=reason == "correct", reason=reason, tokens=len(s.ids),
-                    truncated=not s.finished)
+                    surprise=-sum(s.logps), truncated=not s.finished)
                for (i, x), group in zip(mine, judged) for s, v, reason in group]
         own = [r for part in world.gather(own) for r in part]
         right = np.bincount([r["problem"] for r in own], [r["correct"] for r in own], len(items)).astype(int).tolist()
         (mean, mean_error), (passed, pass_error) = mean_se([c / k for c in right]), mean_se([pass_at_k(k, c, k) for c in right])
         levels = sorted({x.problem.level for x in items if x.problem.level})
+        tokens, surprise = sum(r["tokens"] for r in own), sum(r["surprise"] for r in own)
         rows.append(dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k, mean=mean,
-                         mean_se=mean_error, **{"pass": passed}, pass_se=pass_error, length=float(np.mean([r["tokens"] for r in own])),
+                         mean_se=mean_error, **{"pass": passed}, pass_se=pass_error, length=tokens / len(own), entropy=surprise / tokens,
                          truncated=float(np.mean([r["truncated"] for r in own])),
                          levels={v: float(np.mean([r["correct"] for r in own if r["level"] == v])) for v in levels}))
         responses += own
@@ -1148,30 +1151,87 @@ def sync(path):
     os.close(handle)
 
 
-def draw_curves(path, log):
-    """curves.png from metrics.jsonl: accuracy by difficulty, reward, entropies, lam and ESS over updates."""
+def read_runs(paths):
+    """Run directories -> {label: [rows of metrics.jsonl, one list per run]}; the label is the name less its -sSEED.
+
+    A run that started from another run (SFT, then RL) took that one's time too, so its clock starts there.
+    """
+    groups = {}
+    for path in map(Path, paths):
+        rows, base = [], path
+        while base and (base / "metrics.jsonl").is_file():
+            part = [json.loads(line) for line in open(base / "metrics.jsonl")]
+            for row in rows:
+                row["seconds"] += part[-1]["seconds"]
+            rows = rows or part
+            base = Path(json.loads((base / "config.json").read_text())["settings"]["model"] or "?")
+        if not any("eval" in r for r in rows) or all("eval" in r for r in rows):
+            raise Stop(f"--report: found no trained and evaluated run in {path}; give run directories that red.py has written")
+        groups.setdefault(re.sub(r"-s\d+$", "", path.name), []).append(rows)
+    return groups
+
+
+def report(paths):
+    """Markdown table of finished runs, a row per label, mean +- standard deviation over its seeds, and report.png.
+
+    The column `at T s` is the accuracy at the training time of the first row, by straight lines between evaluations; a row
+    that was done earlier has what it ended with.
+    """
+    groups, table = read_runs(paths), []
+    spread = lambda x, form: f"{np.mean(x):{form}}" + (f" +- {np.std(x, ddof=1):{form}}" if len(x) > 1 else "")
+    seconds = {name: [r[-1]["seconds"] for r in runs] for name, runs in groups.items()}
+    limit = float(np.mean(next(iter(seconds.values()))))
+    levels = sorted({v for runs in groups.values() for rows in runs for r in rows for v in r.get("levels", ())})
+    for name, runs in groups.items():
+        evals = [[r for r in rows if "eval" in r] for rows in runs]
+        last = [e[-1] for e in evals]
+        at = [np.interp(limit, [r["seconds"] for r in e], [r["mean"] for r in e]) for e in evals]
+        table.append([name, str(len(runs)), f"{np.mean([r['update'] for r in last]):.0f}", spread(seconds[name], ".0f"),
+                      spread(at, ".3f"), spread([r["mean"] for r in last], ".3f"),
+                      *(spread([r["levels"][v] for r in last], ".3f") for v in levels),
+                      spread([r["length"] for r in last], ".1f"), spread([r["entropy"] for r in last], ".3f")])
+    head = ["run", "seeds", "updates", "seconds", f"mean@k at {limit:.0f} s", "at the end", *levels, "length", "entropy"]
+    for line in (head, ["---"] * len(head), *table):
+        print("| " + " | ".join(line) + " |")
+    draw_curves(groups, "report.png", print)
+
+
+def draw_curves(groups, path, log):
+    """Curves of runs as read_runs gives them: accuracy over training time (mean and standard deviation over the seeds),
+    by difficulty too; the entropies of Eq. (6) and lam of Eq. (7) over updates, seeds averaged."""
     try:
         import matplotlib
     except ImportError:
-        return log("curves.png is not drawn: matplotlib is not installed (pip install matplotlib)")
+        return log(f"{path} is not drawn: matplotlib is not installed (pip install matplotlib)")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(path / "metrics.jsonl")]
-    evals, updates, accuracy = [r for r in rows if "eval" in r], [r for r in rows if "eval" not in r], {}
-    for r in evals:
-        for name, value in {"": r["mean"], **(r["levels"] if len(r["levels"]) <= 8 else {})}.items():
-            accuracy.setdefault(f"{r['eval']} {name}", []).append((r["update"], value))
-    panels = {"accuracy on held-out problems": accuracy}
-    for title, names in (("reward", ["reward"]), ("entropy, nats per token", ["entropy", "entropy_off"]), ("lam and ESS", ["lam", "ess"])):
-        panels[title] = {n: [(r["update"], r[n]) for r in updates if r.get(n) is not None] for n in names}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, (title, series) in zip(axes.flat, panels.items()):
-        for name, points in series.items():
-            axis.plot([p[0] for p in points], [p[1] for p in points], label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="update")
-        axis.legend(fontsize=8)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    def curve(axis, name, runs, x, y, pick, **style):
+        """One line: the mean of y over the runs that have it, at the mean x, shaded by the standard deviation."""
+        series = [[(r[x], y(r)) for r in rows if ("eval" in r) == pick and y(r) is not None] for rows in runs]
+        length = min(map(len, series))
+        if length:
+            points = np.array([s[:length] for s in series])                              # [runs, length, 2]
+            at, mean, std = points[:, :, 0].mean(0), points[:, :, 1].mean(0), points[:, :, 1].std(0)
+            line, = axis.plot(at, mean, label=name, linewidth=1.2, **style)
+            axis.fill_between(at, mean - std, mean + std, alpha=0.15, color=line.get_color())
+    for k, (name, runs) in enumerate(groups.items()):
+        colour = f"C{k % 10}"
+        curve(axes[0, 0], name, runs, "seconds", lambda r: r.get("mean"), True, color=colour)
+        levels = sorted({v for rows in runs for r in rows for v in r.get("levels", ())})
+        for v, style in zip(levels, ("-", "--", ":")):
+            curve(axes[0, 1], f"{name} {v}", runs, "seconds", lambda r: r["levels"].get(v), True, color=colour, linestyle=style)
+        curve(axes[1, 0], f"{name}: responses", runs, "update", lambda r: r.get("entropy"), False, color=colour)
+        curve(axes[1, 0], f"{name}: traces", runs, "update", lambda r: r.get("entropy_off"), False, color=colour, linestyle="--")
+        curve(axes[1, 1], name, runs, "update", lambda r: r.get("lam"), False, color=colour)
+    titles = (("accuracy on held-out problems", "seconds of training"), ("by difficulty", "seconds of training"),
+              ("entropy, nats per token", "update"), ("lam, Eq. (7)", "update"))
+    for axis, (title, x) in zip(axes.flat, titles):
+        axis.set(title=title, xlabel=x)
         axis.grid(alpha=0.3)
-    figure.savefig(path / "curves.png", dpi=110)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -1343,6 +1403,8 @@ def launch(argv):
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     cfg, given = parse(argv)
+    if cfg.report:
+        return report(cfg.report)
     world = World()
     clear = "\r\033[K" if sys.stdout.isatty() else ""            # a line of text takes the place of the progress line
     log = (lambda line: print(f"{clear}{line}", flush=True)) if world.rank == 0 else (lambda line: None)
@@ -1391,7 +1453,7 @@ def launch(argv):
     train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, state, log)
     if world.rank == 0:
         save_model(run.path / "model", model, tokenizer)
-        draw_curves(run.path, log)
+        draw_curves(read_runs([run.path]), run.path / "curves.png", log)
         log(f"done: {run.path}/model, {state.seconds:.0f} s of training")
 
 

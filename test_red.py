@@ -2795,6 +2795,34 @@ def test_readme_commands_know_their_flags_and_equations_their_place():
         assert hasattr({"red": red, "rapid": rapid}[module], attribute), name
 
 
+def write_run(path, model, evals, seconds):
+    """A run directory by hand: evaluations (update, seconds, accuracy, easy, hard) and one update at the end."""
+    path.mkdir(parents=True)
+    rows = [dict(eval="t", update=u, seconds=s, mean=m, levels=dict(easy=e, hard=h), length=8.0, entropy=0.5) for u, s, m, e, h in evals]
+    rows.insert(-1, dict(update=evals[-1][0], seconds=seconds, entropy=0.1, lam=2.0))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (path / "config.json").write_text(json.dumps(dict(settings=dict(model=model))))
+
+
+def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path, monkeypatch, capsys):
+    """By hand: red ends at 100 s in the mean; sft -> rl took 20 + 60 s and has 0.7 then; grpo is at 0.4 at half its time."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    write_run(runs / "red-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 90.0, 0.8, 0.9, 0.7)], 90.0)
+    write_run(runs / "red-s1", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 110.0, 0.9, 1.0, 0.8)], 110.0)
+    write_run(runs / "sft-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 20.0, 0.6, 0.6, 0.6)], 20.0)
+    write_run(runs / "then-s0", "runs/sft-s0", [(0, 0.0, 0.6, 0.6, 0.6), (9, 60.0, 0.7, 0.8, 0.6)], 60.0)
+    write_run(runs / "grpo-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 200.0, 0.5, 0.7, 0.3)], 200.0)
+    assert red.main(["--report", *(f"runs/{n}" for n in ("red-s0", "red-s1", "then-s0", "grpo-s0"))]) == 0
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0] == ["run", "seeds", "updates", "seconds", "mean@k at 100 s", "at the end", "easy", "hard", "length", "entropy"]
+    assert lines[2][:8] == ["red", "2", "9", "100 +- 14", "0.823 +- 0.032", "0.850 +- 0.071", "0.950 +- 0.071", "0.750 +- 0.071"]
+    assert lines[3][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
+    assert lines[4][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert red.main(["--report", "runs"]) == 2 and "found no trained and evaluated run in runs" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------- real files, if there
 
 
