@@ -336,8 +336,10 @@ def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], 
 
 def chain(rng, length, times):
     """One chain of `length` operations, evaluated left to right modulo 10, and its worked steps.
-
     `5-2x4+7=` is ((5-2)*4+7) mod 10 = 9, worked as `5-2=3;3x4=2;2+7=9;`. `times`: at least one x.
+
+    >>> chain(random.Random(4), 3, True)
+    ('6+7-2x2=', '2', '6+7=3;3-2=1;1x2=2;')
     """
     operators = [rng.choice("+-x" if times else "+-") for _ in range(length)]
     if times and "x" not in operators:

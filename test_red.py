@@ -2823,6 +2823,18 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     assert red.main(["--report", "runs"]) == 2 and "found no trained and evaluated run in runs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["rapid.py", "verify.py", "data.py"])
+def test_each_file_copied_alone_imports_and_its_examples_run(tmp_path, file):
+    """In an empty folder, without the repository on the path: what a copy into another project meets."""
+    (tmp_path / file).write_text((HERE / file).read_text())
+    code = (f"import doctest, {file[:-3]} as m; r = doctest.testmod(m); print(m.__file__, r.failed, r.attempted, "
+            "[n for n in ('red', 'rapid', 'verify', 'data') if n in __import__('sys').modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    where, failed, attempted, loaded = done.stdout.split(maxsplit=3)
+    assert Path(where) == tmp_path / file and failed == "0" and int(attempted) >= 1 and eval(loaded) == [file[:-3]], done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- real files, if there
 
 
