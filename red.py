@@ -1456,6 +1456,9 @@ def launch(argv):
     clear = "\r\033[K" if sys.stdout.isatty() else ""            # a line of text takes the place of the progress line
     log = (lambda line: print(f"{clear}{line}", flush=True)) if world.rank == 0 else (lambda line: None)
     cfg = world.first(lambda: settle(cfg, given, world, log))
+    if cfg.prompts < world.size and cfg.algo != "sft" and not cfg.eval_only:
+        raise Stop(f"--prompts: found {cfg.prompts}, allowed on {world.size} ranks are {world.size} or more, a group for each; "
+                   "raise it or start fewer ranks")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     torch.manual_seed(cfg.seed)
     device = torch.device(f"cuda:{world.local}" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu")

@@ -2216,6 +2216,109 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- red.py: the sampler
+# Which groups each rank has and which of them bring a trace. The ranks never have as many micro-batches as each other;
+# in "untied" and "checkpointing" rank 1 has no trace at all, and some passes are forward only.
+SHARD_CASES = {
+    "tied": dict(shares=[[0, 1, 2], [3]], budget=90),
+    "untied": dict(shares=[[0, 1, 2], [3]], budget=40, traced=[0, 2], tied=False),
+    "checkpointing": dict(shares=[[0, 2], [1, 3]], budget=40, traced=[0, 2], checkpointing=True, adv_norm="std"),
+    "sft": dict(shares=[[0, 1, 2, 3], [0, 1, 2, 3]], budget=30, algo="sft"),
+    "bfloat16": dict(shares=[[0, 1], [2, 3]], budget=90, dtype="bfloat16"),
+}
+
+
+def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, **changes):
+    """take_update of a fresh tiny model on this rank's share, sharded where there are several ranks -> what to compare.
+
+    float64, but float32 with dtype="bfloat16". state, grads and moments: numbers that this rank holds.
+    """
+    model, tokenizer = red.tiny_model(3)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(19, 96, generator=torch.Generator().manual_seed(1)) / 10)
+        model.config.tie_word_embeddings = False
+    model = model if "dtype" in changes else model.double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--lr", "1e-3"])
+    cfg = dataclasses.replace(cfg, **changes)
+    items = red.encode(cfg, red.Text(tokenizer, model, ""), data.chains(12, seed=5), 128, print)
+    items = [x if i in traced else dataclasses.replace(x, traces=[]) for i, x in enumerate(items)]
+    groups = fake_groups(SimpleNamespace(items=items), 4, seed=4)
+    if world.size > 1:
+        world.shard(cfg, model, torch.device("cpu"))
+    held, passes, score = {}, [], rapid.score
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
+    local = lambda tensors: sum(t.to_local().numel() if world.size > 1 else t.numel() for t in tensors)
+    optimizer.register_step_pre_hook(lambda *_: held.update(grads=local(p.grad for p in model.parameters())))
+    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, plan=[[0, 1, 2]],
+                      batches=[[groups[i] for i in shares[world.rank]]])
+    rapid.score = lambda model, rows, **how: passes.append((len(rows), torch.is_grad_enabled())) or score(model, rows, **how)
+    try:
+        metrics = red.take_update(cfg, model, optimizer, items, state, world, print)
+    finally:
+        rapid.score = score
+    moments = optimizer.state_dict()["state"]
+    held.update(weights=local(model.parameters()), moments=local(m[k] for m in moments.values() for k in ("exp_avg", "exp_avg_sq")),
+                passes=passes)
+    names = [name for name, _ in model.named_parameters()]
+    weights = world.weights(model) or model.state_dict()
+    moments = world.collect(moments)
+    if world.rank == 0:
+        moments = {name: moments[i] for i, name in enumerate(names)}
+        weights = {name: weights[name].detach() for name in names}
+    return dict(metrics=metrics, weights=weights, moments=moments, held=world.gather(held))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """SHARD_CASES on two ranks of one torchrun."""
+    path = tmp_path_factory.mktemp("shard")
+    (path / "ranks.py").write_text("""
+import sys, torch, red, test_red as t
+world, done = red.World(), {}
+for name, case in t.SHARD_CASES.items():
+    world.sharded = None
+    done[name] = t.one_update(world, **case)
+if world.rank == 0:
+    torch.save(done, sys.argv[1])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path / "ranks.py", path / "out.pt"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(path / "out.pt")
+
+
+@pytest.mark.parametrize("case", SHARD_CASES)
+def test_shards_make_the_update_of_one_rank(sharded, case):
+    """Weights, Adam moments (the clipped gradient and its square) and metrics of one update, whatever each rank had to do."""
+    got, settings = sharded[case], SHARD_CASES[case]
+    wanted = one_update(red.World(), **{**settings, "shares": [[0, 1, 2, 3]]})
+    loose = 0.05 if case == "bfloat16" else 1e-9       # its gradients differ by the rounding of weights and residual stream
+    for name, m in wanted["moments"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            error = (got["moments"][name][key] - m[key]).norm()
+            assert error <= loose * m[key].norm() + 1e-12, (name, key)
+        if case != "bfloat16":
+            assert (got["weights"][name] - wanted["weights"][name]).abs().max() < 1e-9, name
+    for name, value in wanted["metrics"].items():
+        assert got["metrics"][name] == pytest.approx(value, rel=max(loose, 1e-9)), name
+    one, two = ([grad for _, grad in held["passes"]] for held in got["held"])
+    assert one == two and any(one)                       # in step: the same passes, forward only or with backward
+    if case in ("untied", "checkpointing"):
+        assert not all(one)
+
+
+def test_each_rank_holds_half(sharded):
+    """Parameters, gradient and Adam numbers of each rank; a tensor of odd length gives rank 0 a row more."""
+    for case in ("tied", "untied"):
+        whole = one_update(red.World(), **{**SHARD_CASES[case], "shares": [[0, 1, 2, 3]]})["held"][0]
+        ranks = sharded[case]["held"]
+        for name, parts in (("weights", 1), ("grads", 1), ("moments", 2)):
+            assert whole[name] == parts * whole["weights"] and sum(held[name] for held in ranks) == whole[name]
+            assert all(abs(held[name] / whole[name] - 0.5) < 0.01 for held in ranks), (case, name)
+
+
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
     """Prompts of different length, finished rows dropped: every log-prob is that of the sequence alone."""
     engine = red.HFEngine(tiny.cfg, tiny.model, tiny.text)
@@ -2552,6 +2655,37 @@ def test_two_ranks_make_a_whole_run(folder, tmp_path):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
     for one, two in zip(rows_of(folder / "a"), rows_of(tmp_path / "b"), strict=True):
         assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
+
+
+def test_a_sharded_run_is_the_run_and_its_checkpoints_are_anybodys(folder, tmp_path, capsys):
+    """--shard on two ranks: the samples and weights of one rank; from its checkpoint one rank goes on, and the other way."""
+    def on_two_ranks(*argv):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "red.py", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def check(path):
+        a, b = weights(folder / "a"), weights(path)
+        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+        for one, two in zip(rows_of(folder / "a"), rows_of(path), strict=True):
+            assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
+        one, two = (torch.load(p / "checkpoints" / "000005" / "trainer.pt", weights_only=True)["optimizer"] for p in (folder / "a", path))
+        for i, m in one["state"].items():
+            assert m.keys() == two["state"][i].keys() and m["step"] == two["state"][i]["step"] == 5
+            assert (two["state"][i]["exp_avg"] - m["exp_avg"]).norm() < 1e-3 * m["exp_avg"].norm() + 1e-9
+
+    on_two_ranks("--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--shard")
+    check(tmp_path / "b")
+    for path in (tmp_path / "b", tmp_path / "c"):
+        if path.name == "c":
+            shutil.copytree(folder / "a", path)
+        shutil.rmtree(path / "checkpoints" / "000005")
+        shutil.rmtree(path / "model")
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0              # update 4 is in the middle of nothing, 5 a new phase
+    assert "--shard: there is one rank" in capsys.readouterr().out
+    check(tmp_path / "b")
+    on_two_ranks("--resume", tmp_path / "c", "--shard")
+    check(tmp_path / "c")
 
 
 def test_sft_follows_the_traces_only(folder, tmp_path):
