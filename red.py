@@ -936,7 +936,8 @@ def pick_trace(cfg, items, i, update):
 
 
 def accumulate_traces(model, traces, loss_of, temperature, token_budget, chunk, scorer=rapid.score):
-    """Add the gradient of a loss over traces to p.grad -> sums over tokens. loss_of(logp, mask, rows) -> (loss, rho sum)."""
+    """Add the gradient of a loss over traces to p.grad -> sums over tokens. loss_of(logp, mask, rows) -> (loss, rho sum);
+    scorer: rapid.score, or World.score where there may be several ranks."""
     sums = dict(loss=0.0, rho_sum=0.0, entropy_sum=0.0, tokens=0, traces=len(traces), adv_sum=sum(t.adv for t in traces))
     for batch in rapid.micro_batches([len(t.prompt) + len(t.response) for t in traces], token_budget):
         rows = [traces[i] for i in batch]

@@ -2230,7 +2230,8 @@ SHARD_CASES = {
 def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, **changes):
     """take_update of a fresh tiny model on this rank's share, sharded where there are several ranks -> what to compare.
 
-    float64, but float32 with dtype="bfloat16". state, grads and moments: numbers that this rank holds.
+    float64, but float32 with dtype="bfloat16". held: bytes of weights, gradient and Adam moments on each rank, and its
+    passes as (sequences, with gradients?).
     """
     model, tokenizer = red.tiny_model(3)
     if not tied:
@@ -2248,7 +2249,7 @@ def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=
         world.shard(cfg, model, torch.device("cpu"))
     held, passes, score = {}, [], rapid.score
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
-    local = lambda tensors: sum(t.to_local().numel() if world.size > 1 else t.numel() for t in tensors)
+    local = lambda tensors: sum((t.to_local() if world.size > 1 else t).nbytes for t in tensors)
     optimizer.register_step_pre_hook(lambda *_: held.update(grads=local(p.grad for p in model.parameters())))
     state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, plan=[[0, 1, 2]],
                       batches=[[groups[i] for i in shares[world.rank]]])
@@ -2310,13 +2311,106 @@ def test_shards_make_the_update_of_one_rank(sharded, case):
 
 
 def test_each_rank_holds_half(sharded):
-    """Parameters, gradient and Adam numbers of each rank; a tensor of odd length gives rank 0 a row more."""
+    """Bytes of parameters, gradient and Adam moments on each rank; a tensor of odd length gives rank 0 a row more."""
     for case in ("tied", "untied"):
         whole = one_update(red.World(), **{**SHARD_CASES[case], "shares": [[0, 1, 2, 3]]})["held"][0]
         ranks = sharded[case]["held"]
         for name, parts in (("weights", 1), ("grads", 1), ("moments", 2)):
             assert whole[name] == parts * whole["weights"] and sum(held[name] for held in ranks) == whole[name]
             assert all(abs(held[name] / whole[name] - 0.5) < 0.01 for held in ranks), (case, name)
+
+
+# The public configurations of Qwen2.5, and what they have in common.
+QWEN = {"0.5B": dict(layers=24, width=896, inner=4864, heads=14, kv_heads=2),
+        "1.5B": dict(layers=28, width=1536, inner=8960, heads=12, kv_heads=2),
+        "3B": dict(layers=36, width=2048, inner=11008, heads=16, kv_heads=2)}
+MEMORY = """weights, float32 master | 4 P / R
+gradient | 4 P / R
+second gradient, where there are traces | 4 P / R
+Adam's two moments | 8 P / R
+bfloat16 weights to compute with | 2 (P - E); 2 (E + 3 Q)
+gradients not yet added or summed | 4 E; 2 E + 6 Q
+activations of M tokens | L A M
+the same with `--grad-checkpointing` | (L C + A) M
+logits of one chunk | 10 chunk V
+**training** | all but the line of `--grad-checkpointing`
+**training with `--grad-checkpointing`** | all but the line before it
+vLLM's weights, asleep while training | 2 P
+vLLM's KV cache for 64 x 4,096 tokens, likewise | 4 L K per token
+**sampling** | master, Adam, vLLM"""
+
+
+def memory(layers, width, inner, heads, kv_heads, vocab=151936, ranks=1, tokens=16384, chunk=256, cached=64 * 4096):
+    """Bytes on one card for each line of MEMORY, of a Qwen2 with tied embedding and head, computing in bfloat16."""
+    head, keys = vocab * width, kv_heads * width // heads                     # E, K
+    layer = 2 * width * width + 2 * width * keys + width + 2 * keys + 3 * width * inner + 2 * width  # Q: q, o; k, v; biases; mlp; norms
+    total = head + layers * layer + width                                     # P
+    saved = (30 if ranks == 1 else 20) * width + 8 * inner + 4 * keys + 4 * heads + 8    # A, per token and layer
+    kept = (4 if ranks == 1 else 2) * width                                   # C: autocast keeps the residual stream in float32
+    state = [4 * total / ranks, 4 * total / ranks, 4 * total / ranks, 8 * total / ranks]
+    work = [2 * (total - head), 4 * head] if ranks == 1 else [2 * (head + 3 * layer), 2 * head + 6 * layer]
+    plain, checkpointed, logits = layers * saved * tokens, (layers * kept + saved) * tokens, 10 * chunk * vocab
+    engine = [2 * total, 4 * layers * keys * cached]
+    rest = sum(state) + sum(work) + logits
+    return [*state, *work, plain, checkpointed, logits, rest + plain, rest + checkpointed, *engine, state[0] + state[3] + sum(engine)]
+
+
+def memory_table(tokens=16384):
+    """The README's table: GiB per card, without --shard on one card and with it on 8; tokens of one micro-batch."""
+    columns = [[f"{x / 2 ** 30:.1f}" for x in memory(**shape, ranks=ranks, tokens=tokens)]
+               for ranks in (1, 8) for shape in QWEN.values()]
+    names = [f"{name}, {where}" for where in ("1 card", "8 cards, `--shard`") for name in QWEN]
+    lines = [["GiB per card", "bytes", *names], ["---"] * (2 + len(names))]
+    lines += [[*line.split(" | "), *cells] for line, *cells in zip(MEMORY.splitlines(), *columns, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_memory_table_has_the_models_sizes_and_stands_in_the_readme():
+    """P from the formula for Q against transformers' own models (without memory), and the public sizes."""
+    for name, millions in (("0.5B", 494), ("1.5B", 1544), ("3B", 3086)):
+        s = QWEN[name]
+        with torch.device("meta"):
+            model = Qwen2ForCausalLM(Qwen2Config(
+                vocab_size=151936, hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"],
+                num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], tie_word_embeddings=True))
+        assert memory(**s)[0] == 4 * model.num_parameters() and round(model.num_parameters() / 1e6) == millions
+    assert memory_table() in (HERE / "README.md").read_text()
+
+
+def test_memory_of_the_state_is_what_is_measured(sharded):
+    """Weights, gradient and Adam moments in bytes after a real update, whole and on each of two ranks."""
+    shape = dict(layers=2, width=96, inner=256, heads=3, kv_heads=3, vocab=19)
+    whole = one_update(red.World(), **{**SHARD_CASES["bfloat16"], "shares": [[0, 1, 2, 3]]})["held"]
+    for ranks, held in ((1, whole), (2, sharded["bfloat16"]["held"])):
+        weights, grads, _, moments, *_ = memory(**shape, ranks=ranks)
+        assert len(held) == ranks
+        for rank in held:
+            assert [rank["weights"], rank["grads"], rank["moments"]] == pytest.approx([weights, grads, moments], rel=0.01 * (ranks - 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_activations_is_what_autograd_keeps(ranks, checkpointing):
+    """The formula for A against the bytes that a forward pass saves, weights and what lies outside the layers apart."""
+    def kept(layers):
+        sizes = dict(hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_hidden_layers=layers, tie_word_embeddings=True, **sizes)).train()
+        model = model.bfloat16() if ranks > 1 else model             # as FSDP has them, or float32 under autocast
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        weights, seen = {(*p.shape,) for p in model.parameters()} | {(*p.shape[::-1],) for p in model.parameters()}, {}
+
+        def pack(x):
+            if (*x.shape,) not in weights:
+                seen[x.untyped_storage().data_ptr()] = x         # kept alive, so that no address comes twice
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            rapid.score(model, [Rollout([3] * 8, [4] * 56, [], 1.0)] * 4)
+        return sum(x.untyped_storage().nbytes() for x in seen.values()) / (4 * 64)
+    shape = dict(width=128, inner=160, heads=4, kv_heads=2, ranks=ranks, tokens=1)
+    line = 7 if checkpointing else 6
+    assert kept(3) - kept(2) == memory(layers=3, **shape)[line] - memory(layers=2, **shape)[line]
 
 
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
@@ -2674,14 +2768,15 @@ def test_a_sharded_run_is_the_run_and_its_checkpoints_are_anybodys(folder, tmp_p
             assert m.keys() == two["state"][i].keys() and m["step"] == two["state"][i]["step"] == 5
             assert (two["state"][i]["exp_avg"] - m["exp_avg"]).norm() < 1e-3 * m["exp_avg"].norm() + 1e-9
 
-    on_two_ranks("--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--shard")
+    # --save-every 3: a checkpoint in the middle of a phase, whose unused rollouts lie on both ranks
+    on_two_ranks("--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--shard", "--save-every", "3")
     check(tmp_path / "b")
     for path in (tmp_path / "b", tmp_path / "c"):
         if path.name == "c":
             shutil.copytree(folder / "a", path)
         shutil.rmtree(path / "checkpoints" / "000005")
         shutil.rmtree(path / "model")
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0              # update 4 is in the middle of nothing, 5 a new phase
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0
     assert "--shard: there is one rank" in capsys.readouterr().out
     check(tmp_path / "b")
     on_two_ranks("--resume", tmp_path / "c", "--shard")
@@ -3268,5 +3363,7 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["--memory"]:
+    print(memory_table(*map(int, sys.argv[2:])))
+elif __name__ == "__main__":
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
