@@ -109,7 +109,7 @@ class Config:
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", allowed=1)
     chunk: int = opt(256, "tokens' worth of logits that exist at one time", allowed=1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about a third more time")
-    shard: bool = opt(False, "under torchrun: weights, gradients and Adam state in parts, one on each rank, instead of whole")
+    shard: bool = opt(False, "with torchrun: every rank holds a part of weights, gradients and Adam state, not all of them")
     dtype: str = opt("auto", "compute in: auto (bfloat16 on GPU, float32 on CPU) | bfloat16 | float32; weights are float32", allowed="auto bfloat16 float32")
 
     eval_every: int = opt(50, "updates between evaluations; there is one before the first and one after the last", "Evaluation", allowed=1)
@@ -834,16 +834,17 @@ class World:
 
         A decoder layer is whole only while it computes. Embedding, head and last norm are whole inside model.score, which
         FSDP is told to take for a forward pass: the head's weight is used there without its module being called, and a
-        tied one twice. In bfloat16 the float32 shards are cast before they are gathered and gradients summed in float32:
-        casting after it, as autocast does, would double the traffic and keep a copy of every layer until the update ends.
+        tied one twice. In bfloat16 the float32 shards are cast before they are gathered, and gradients are summed in
+        float32: to cast afterwards, as autocast does, would double the traffic and keep a copy of all layers.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         if not layers:
-            raise Stop(f"--shard: found no decoder layers in {type(model).__name__} (_no_split_modules); leave the flag out")
+            raise Stop(f"--shard: {type(model).__name__} does not say which of its modules are layers (_no_split_modules), "
+                       "by which it is split; leave the flag out, or choose another model")
         half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if half else (None, None), cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (self.size,))
         for part in [*layers, model]:        # the model last: its group is what no layer has taken
             # Without reshard_after_forward a pass without backward would leave the model's own group whole.
@@ -863,12 +864,12 @@ class World:
         return model.score(rollouts, **how)
 
     def keep_step(self, wanted):
-        """Return when every rank runs the pass that this one wants: 1 forward, 2 forward and backward, 0 none (any more).
+        """Return when all ranks are to run the pass that this one wants: 1 forward, 2 forward and backward, 0 none any more.
 
         A pass over shards is a series of collectives, so all ranks must run the same one, but they have different numbers
-        of micro-batches, a rank without traces none at all. So they agree before each pass, forward alone first; who wanted
-        something else runs it on two tokens with a loss of weight 0 and asks again. gather() asks too, for 0: behind it
-        every rank has finished.
+        of micro-batches, and a rank without traces has none. So they agree before each pass, forward alone first; who
+        wanted something else runs it on two tokens with a loss of weight 0, and asks again. gather() asks too, for 0:
+        when it goes on, every rank has finished its passes.
         """
         while True:
             asked = torch.zeros(3, dtype=torch.int64)
@@ -900,14 +901,14 @@ class World:
 
 
 def whole(tensor):
-    """A tensor that --shard has split over the ranks put together on each of them (a collective); any other as it is."""
+    """A tensor that --shard has split over the ranks, whole on each of them (a collective); any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextlib.contextmanager
 def gathered(model):
-    """All weights whole on every rank while it samples: ranks draw responses of different lengths, so they cannot keep in
-    step, and nothing in here may wait for another rank. Nothing to do without --shard."""
+    """All weights whole on every rank while it samples: ranks draw responses of different lengths and cannot keep in step,
+    so nothing in here may wait for another rank. Without --shard there is nothing to do."""
     parts = [m for m in model.modules() if hasattr(m, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -1045,7 +1046,8 @@ def take_update(cfg, model, optimizer, items, state, world, log):
             state.token_budget //= 2
             log(f"out of memory in update {state.update + 1}: redone with --tokens-per-microbatch {state.token_budget}")
             torch.cuda.empty_cache()
-    metrics["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)).item()   # before clipping
+    norm_before = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    metrics["grad_norm"] = whole(norm_before).item()             # of all shards: every rank decides alike to skip or not
     metrics["grad_norm_clipped"] = min(metrics["grad_norm"], cfg.max_grad_norm)
     metrics["skipped"] = not math.isfinite(metrics["grad_norm"] + metrics["loss"] + metrics.get("loss_off", 0.0))
     if not metrics["skipped"]:
@@ -1237,7 +1239,7 @@ class Run:
         state.batches = [[(i, [rapid.Rollout(**r) for r in group]) for i, group in row[self.world.rank::self.world.size]]
                          for row in state.batches]
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-            if hasattr(p, "full_tensor"):            # --shard: this rank's part of each moment; the step is a plain number
+            if hasattr(p, "full_tensor"):            # --shard: this rank's part of each moment; the step is one number
                 from torch.distributed.tensor import distribute_tensor
                 moments = saved["optimizer"]["state"].get(i, {})
                 for name in moments.keys() - {"step"}:

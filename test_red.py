@@ -3339,9 +3339,11 @@ torch.set_num_threads(1)
 world = red.World()
 model, text = t.build("qwen2-tied")
 engine = red.VLLMEngine(t.CFG, model, text, world, print)
-for seed in (None, 7):
+for seed in (None, 7, 8):
     if seed:
         t.disturb(model, seed)
+    if seed == 8:                                       # --shard: pushed one gathered tensor at a time
+        world.shard(t.CFG, model, model.device)
     engine.push(model)
     mine = t.some_prompts()[:3 + 4 * world.rank]        # ranks need not have as many prompts
     assert t.greedy(engine, mine) == t.greedy(red.HFEngine(t.CFG, model, text), mine)
