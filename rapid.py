@@ -291,11 +291,11 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
     batches, two_passes = plan(length, live, token_budget, group_size if algo == "rapid" else 1)
     for batch in micro_batches(length, token_budget, quiet) + (batches if two_passes else []):
         with torch.no_grad():
-            *_, weights[batch], part = _loss_parts(scorer or score, model, [rollouts[i] for i in batch], **how)
+            *_, weights[batch], part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
         add_metrics(metrics, part)
     # 3. forward and backward
     for batch in batches:
-        logp, mu, mask, wc, response_weight, part = _loss_parts(scorer or score, model, [rollouts[i] for i in batch], **how)
+        logp, mu, mask, wc, response_weight, part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
         if not two_passes:
             weights[batch] = response_weight
             add_metrics(metrics, part)
@@ -310,7 +310,7 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
 
 def _loss_parts(scorer, model, items, *, algo, eta, level, temperature, chunk, clip):
     """Score one micro-batch -> logp, mu, mask [n, T], wc, each response's weight in Eq. (2) [n], metrics."""
-    logp, entropy, mask = scorer(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
+    logp, entropy, mask = (scorer or score)(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
     mu = pad_sequence([torch.tensor(item.mu, dtype=logp.dtype) for item in items], batch_first=True).to(logp)  # [n, T]
     w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
     # Eq. (2) has one weight per response: with token-level weights the mean over the response's tokens (GRPO: 1)

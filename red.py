@@ -438,7 +438,7 @@ class HFEngine:
             return self.batches(prompts, n, temperature, max_new_tokens, seeds, stopped)
 
     def batches(self, prompts, n, temperature, max_new_tokens, seeds, stopped):
-        """generate, with all weights at hand."""
+        """What generate does once the weights are whole; nothing from here on waits for another rank."""
         self.model.eval()
         results, per_batch = [None] * len(prompts), max(1, self.cfg.sample_rows // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -1196,7 +1196,7 @@ class Run:
         if self.world.rank:
             return
         plan = [[None] * len(indices) for indices in (state.plan if state.batches else [])]
-        for h, row in enumerate(plan):                  # the unused rollouts of all ranks, in the plan's order
+        for h, row in enumerate(plan):                   # the unused rollouts of all ranks, in the plan's order
             for rank, part in enumerate(parts):
                 row[rank::self.world.size] = part[h]
         if (self.path / "metrics.jsonl").exists():

@@ -2224,14 +2224,15 @@ SHARD_CASES = {
     "checkpointing": dict(shares=[[0, 2], [1, 3]], budget=40, traced=[0, 2], checkpointing=True, adv_norm="std"),
     "sft": dict(shares=[[0, 1, 2, 3], [0, 1, 2, 3]], budget=30, algo="sft"),
     "bfloat16": dict(shares=[[0, 1], [2, 3]], budget=90, dtype="bfloat16"),
+    "poisoned": dict(shares=[[0, 1], [2, 3]], budget=90, poisoned=True),
 }
 
 
-def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, **changes):
+def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, poisoned=False, **changes):
     """take_update of a fresh tiny model on this rank's share, sharded where there are several ranks -> what to compare.
 
     float64, but float32 with dtype="bfloat16". held: bytes of weights, gradient and Adam moments on each rank, and its
-    passes as (sequences, with gradients?).
+    passes as (sequences, with gradients?). poisoned: one number of the last rank's gradient is not finite.
     """
     model, tokenizer = red.tiny_model(3)
     if not tied:
@@ -2247,25 +2248,33 @@ def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=
     groups = fake_groups(SimpleNamespace(items=items), 4, seed=4)
     if world.size > 1:
         world.shard(cfg, model, torch.device("cpu"))
-    held, passes, score = {}, [], rapid.score
+    held, passes, score, clip = dict(grads=0), [], rapid.score, torch.nn.utils.clip_grad_norm_
+
+    def clip_poisoned(parameters, most):
+        parameters = list(parameters)
+        if poisoned and world.rank == world.size - 1:
+            grad = parameters[1].grad
+            (grad.to_local() if world.size > 1 else grad)[0, 0] = math.inf
+        return clip(parameters, most)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
     local = lambda tensors: sum((t.to_local() if world.size > 1 else t).nbytes for t in tensors)
     optimizer.register_step_pre_hook(lambda *_: held.update(grads=local(p.grad for p in model.parameters())))
     state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, plan=[[0, 1, 2]],
                       batches=[[groups[i] for i in shares[world.rank]]])
     rapid.score = lambda model, rows, **how: passes.append((len(rows), torch.is_grad_enabled())) or score(model, rows, **how)
+    torch.nn.utils.clip_grad_norm_ = clip_poisoned
     try:
         metrics = red.take_update(cfg, model, optimizer, items, state, world, print)
     finally:
-        rapid.score = score
+        rapid.score, torch.nn.utils.clip_grad_norm_ = score, clip
     moments = optimizer.state_dict()["state"]
     held.update(weights=local(model.parameters()), moments=local(m[k] for m in moments.values() for k in ("exp_avg", "exp_avg_sq")),
-                passes=passes)
+                passes=passes, skipped=metrics["skipped"])
     names = [name for name, _ in model.named_parameters()]
     weights = world.weights(model) or model.state_dict()
     moments = world.collect(moments)
     if world.rank == 0:
-        moments = {name: moments[i] for i, name in enumerate(names)}
+        moments = {name: moments[i] for i, name in enumerate(names) if i in moments}
         weights = {name: weights[name].detach() for name in names}
     return dict(metrics=metrics, weights=weights, moments=moments, held=world.gather(held))
 
@@ -2290,7 +2299,7 @@ if world.rank == 0:
     return torch.load(path / "out.pt")
 
 
-@pytest.mark.parametrize("case", SHARD_CASES)
+@pytest.mark.parametrize("case", [name for name in SHARD_CASES if name != "poisoned"])
 def test_shards_make_the_update_of_one_rank(sharded, case):
     """Weights, Adam moments (the clipped gradient and its square) and metrics of one update, whatever each rank had to do."""
     got, settings = sharded[case], SHARD_CASES[case]
@@ -2308,6 +2317,25 @@ def test_shards_make_the_update_of_one_rank(sharded, case):
     assert one == two and any(one)                       # in step: the same passes, forward only or with backward
     if case in ("untied", "checkpointing"):
         assert not all(one)
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(sharded):
+    """Rank 0's own part of the gradient is fine. No rank steps, and the weights are those of the start."""
+    got, start = sharded["poisoned"], red.tiny_model(3)[0].double()
+    assert [(held["skipped"], held["grads"]) for held in got["held"]] == [(True, 0)] * 2 and not got["moments"]
+    assert math.isinf(got["metrics"]["grad_norm"])
+    for name, weight in start.named_parameters():
+        assert torch.equal(got["weights"][name], weight), name
+
+
+def test_shards_and_ranks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys):
+    model = small_model()
+    model._no_split_modules = None
+    with pytest.raises(red.Stop, match="--shard: Qwen2ForCausalLM does not say which of its modules are layers"):
+        red.World().shard(red.Config(), model, model.device)
+    monkeypatch.setattr(red, "World", lambda: SimpleNamespace(rank=0, size=8, first=lambda action: action()))
+    line = refusal(capsys, "--prompts", 7, "--out", tmp_path / "r")
+    assert line.startswith("red.py: --prompts: found 7, allowed on 8 ranks are 8 or more") and not (tmp_path / "r").exists()
 
 
 def test_each_rank_holds_half(sharded):
