@@ -263,11 +263,11 @@ def plan(lengths, live, token_budget, group_size):
 
 def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.0, is_level="sequence",
                baseline="loo", adv_norm="std", eps=1e-6, clip_low=0.2, clip_high=0.28, temperature=1.0,
-               token_budget=16384, chunk=256):
+               token_budget=16384, chunk=256, scorer=None):
     """Add the gradient of Eq. (4) over whole groups to p.grad and return metrics; no optimizer step.
 
     rollouts: group g is rollouts[g*G:(g+1)*G]. denominator: B G Lbar over all ranks, so the gradients and metrics of
-    ranks and micro-batches add up. Metrics are sums and counts (max_*: maxima); `summarise` makes means of them.
+    ranks and micro-batches add up. Metrics are sums (max_*: maxima), see `summarise`. scorer: in place of `score`.
     """
     _check_choice("algo", algo, "rapid", "grpo")
     for k, item in enumerate(rollouts):
@@ -291,11 +291,11 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
     batches, two_passes = plan(length, live, token_budget, group_size if algo == "rapid" else 1)
     for batch in micro_batches(length, token_budget, quiet) + (batches if two_passes else []):
         with torch.no_grad():
-            *_, weights[batch], part = _loss_parts(model, [rollouts[i] for i in batch], **how)
+            *_, weights[batch], part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
         add_metrics(metrics, part)
     # 3. forward and backward
     for batch in batches:
-        logp, mu, mask, wc, response_weight, part = _loss_parts(model, [rollouts[i] for i in batch], **how)
+        logp, mu, mask, wc, response_weight, part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
         if not two_passes:
             weights[batch] = response_weight
             add_metrics(metrics, part)
@@ -308,9 +308,9 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
     return metrics
 
 
-def _loss_parts(model, items, *, algo, eta, level, temperature, chunk, clip):
+def _loss_parts(scorer, model, items, *, algo, eta, level, temperature, chunk, clip):
     """Score one micro-batch -> logp, mu, mask [n, T], wc, each response's weight in Eq. (2) [n], metrics."""
-    logp, entropy, mask = score(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
+    logp, entropy, mask = (scorer or score)(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
     mu = pad_sequence([torch.tensor(item.mu, dtype=logp.dtype) for item in items], batch_first=True).to(logp)  # [n, T]
     w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
     # Eq. (2) has one weight per response: with token-level weights the mean over the response's tokens (GRPO: 1)

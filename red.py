@@ -109,6 +109,7 @@ class Config:
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", allowed=1)
     chunk: int = opt(256, "tokens' worth of logits that exist at one time", allowed=1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, about a third more time")
+    shard: bool = opt(False, "with torchrun: every rank holds a part of weights, gradients and Adam state, not all of them")
     dtype: str = opt("auto", "compute in: auto (bfloat16 on GPU, float32 on CPU) | bfloat16 | float32; weights are float32", allowed="auto bfloat16 float32")
 
     eval_every: int = opt(50, "updates between evaluations; there is one before the first and one after the last", "Evaluation", allowed=1)
@@ -147,7 +148,7 @@ PRESETS = {
 }
 # What a resumed run may change: none of these touches the weights that come out (dtype, device, engine: by rounding only).
 FREE_ON_RESUME = set("resume out preset updates eval_every save_every keep show_every workers max_bad_updates engine "
-                     "gpu_memory_utilization tokens_per_microbatch sample_rows device dtype grad_checkpointing threads".split())
+                     "gpu_memory_utilization tokens_per_microbatch sample_rows device dtype grad_checkpointing shard threads".split())
 
 
 class Stop(Exception):
@@ -195,8 +196,8 @@ def parse(argv):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
         text = f.metadata["help"].replace("%", "%%") + ("" if f.default in ("", False, ()) else f" [{f.default}]")
-        kind = {"action": "store_true"} if f.type is bool else {"nargs": "+", "metavar": "RUN"} if f.type is tuple else {
-            "type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+", "metavar": "RUN"}}.get(
+            f.type, {"type": f.type, "metavar": f.type.__name__.upper()})
         group.add_argument("--" + flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     builtin = given.get("train", "" if "model" in given else "builtin") == "builtin" or given.get("eval", "").startswith("builtin")
@@ -343,10 +344,10 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def save_model(path, model, tokenizer):
+def save_model(path, model, tokenizer, weights=None):
     """A Hugging Face directory, written under a temporary name and renamed: nobody ever reads half of one."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
@@ -435,6 +436,11 @@ class HFEngine:
         temperature 0 is greedy, with the log-probs of temperature 1. stopped() is asked before every token; when it says
         yes, Interrupted is raised and nothing is kept.
         """
+        with gathered(self.model):
+            return self.batches(prompts, n, temperature, max_new_tokens, seeds, stopped)
+
+    def batches(self, prompts, n, temperature, max_new_tokens, seeds, stopped):
+        """What generate does once the weights are whole; nothing from here on waits for another rank."""
         self.model.eval()
         results, per_batch = [None] * len(prompts), max(1, self.cfg.sample_rows // n)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -614,7 +620,7 @@ class VLLMEngine:
 
     def push(self, model):
         """Bring the trainer's weights into the engine and forget what was computed with the old ones."""
-        weights = ((name, p.detach()) for name, p in model.named_parameters())
+        weights = ((name, whole(p.detach())) for name, p in model.named_parameters())    # one whole tensor at a time
         with undisturbed(self.device), self.one_line("take new weights"):
             if self.asleep:
                 torch.cuda.empty_cache()            # what the trainer's allocator keeps for itself is not free for vllm
@@ -784,6 +790,7 @@ class World:
     def __init__(self):
         self.rank, self.size, self.local = (int(os.environ.get(k, d)) for k, d in
                                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.sharded = None              # the model, once shard() has split it over the ranks
         if self.size > 1 and torch.cuda.is_available():
             torch.cuda.set_device(self.local)        # else every rank's stray allocations land on the first card
         if self.size > 1 and not dist.is_initialized():
@@ -792,6 +799,8 @@ class World:
     def gather(self, thing):
         """Every rank's `thing`, in a list, on every rank."""
         parts = [thing] * self.size
+        if self.sharded is not None:
+            self.keep_step(0)
         if self.size > 1:
             dist.all_gather_object(parts, thing)
         return parts
@@ -818,9 +827,103 @@ class World:
 
     def sum_gradients(self, parameters):
         """Sum p.grad over ranks, in place: the losses are already divided by constants of the whole update."""
+        parameters = list(parameters)
+        if self.sharded is not None or not any(self.gather(any(p.grad is not None for p in parameters))):
+            return      # shards are summed in the backward pass; and where no rank has a gradient, Adam must not step on zeros
         for p in parameters if self.size > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
+
+    def shard(self, cfg, model, device):
+        """--shard: split the weights, and with them gradients and Adam state, over the ranks, in place (torch's FSDP2).
+
+        A decoder layer is whole only while it computes. Embedding, head and last norm are whole inside model.score, which
+        FSDP is told to take for a forward pass: the head's weight is used there without its module being called, and a
+        tied one twice. In bfloat16 the float32 shards are cast before they are gathered, and gradients are summed in
+        float32: to cast afterwards, as autocast does, would double the traffic and keep a copy of all layers.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        if not layers:
+            raise Stop(f"--shard: {type(model).__name__} does not say which of its modules are layers (_no_split_modules), "
+                       "by which it is split; leave the flag out, or choose another model")
+        half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+        policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if half else (None, None), cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (self.size,))
+        for part in [*layers, model]:        # the model last: its group is what no layer has taken
+            # Without reshard_after_forward a pass without backward would leave the model's own group whole.
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            part.set_gradient_divide_factor(1.0)                 # FSDP's mean would be wrong: see sum_gradients
+            part.set_force_sum_reduction_for_comms(True)         # a plain sum, which gloo can do too
+        model.score = lambda rollouts, **how: rapid.score(model, rollouts, **how)
+        register_fsdp_forward_method(model, "score")
+        self.sharded = model
+
+    def score(self, model, rollouts, **how):
+        """rapid.score; with shards in step with the other ranks. What is scored with gradients on must see its backward
+        before the next call."""
+        if self.sharded is None:
+            return rapid.score(model, rollouts, **how)
+        self.keep_step(2 if torch.is_grad_enabled() else 1)
+        return model.score(rollouts, **how)
+
+    def keep_step(self, wanted):
+        """Return when all ranks are to run the pass that this one wants: 1 forward, 2 forward and backward, 0 none any more.
+
+        A pass over shards is a series of collectives, so all ranks must run the same one, but they have different numbers
+        of micro-batches, and a rank without traces has none. So they agree before each pass, forward alone first; who
+        wanted something else runs it on two tokens with a loss of weight 0, and asks again. gather() asks too, for 0:
+        when it goes on, every rank has finished its passes.
+        """
+        while True:
+            asked = torch.zeros(3, dtype=torch.int64)
+            asked[wanted] = 1
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            kind = 1 if asked[1] else 2 if asked[2] else 0
+            if kind == wanted:
+                return
+            with torch.set_grad_enabled(kind == 2):
+                logp, _, _ = self.sharded.score([Trace([0], [0])])                                           # [1, 1]
+                if kind == 2:
+                    (0.0 * logp.sum()).backward()
+
+    def collect(self, state):
+        """A state dict with its shards put together, one by one, in rank 0's main memory; None for them elsewhere."""
+        if isinstance(state, dict):
+            return {name: self.collect(value) for name, value in state.items()}
+        if not hasattr(state, "full_tensor"):
+            return state
+        full = whole(state)
+        return full.cpu() if self.rank == 0 else None
+
+    def weights(self, model):
+        """What save_pretrained is to write: the collected weights (a tied one once), or None for the model's own."""
+        if self.sharded is None:
+            return None
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        return self.collect({name: x for name, x in model.state_dict().items() if name in names})
+
+
+def whole(tensor):
+    """A tensor that --shard has split over the ranks, whole on each of them (a collective); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """All weights whole on every rank while it samples: ranks draw responses of different lengths and cannot keep in step,
+    so nothing in here may wait for another rank. Without --shard there is nothing to do."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
 
 
 @dataclass
@@ -838,12 +941,13 @@ def pick_trace(cfg, items, i, update):
     return items[i].traces[random.Random(seed_of(cfg.seed, "trace", update, i)).randrange(len(items[i].traces))]
 
 
-def accumulate_traces(model, traces, loss_of, temperature, token_budget, chunk):
-    """Add the gradient of a loss over traces to p.grad -> sums over tokens. loss_of(logp, mask, rows) -> (loss, rho sum)."""
+def accumulate_traces(model, traces, loss_of, temperature, token_budget, chunk, scorer=rapid.score):
+    """Add the gradient of a loss over traces to p.grad -> sums over tokens. loss_of(logp, mask, rows) -> (loss, rho sum);
+    scorer: rapid.score, or World.score where there may be several ranks."""
     sums = dict(loss=0.0, rho_sum=0.0, entropy_sum=0.0, tokens=0, traces=len(traces), adv_sum=sum(t.adv for t in traces))
     for batch in rapid.micro_batches([len(t.prompt) + len(t.response) for t in traces], token_budget):
         rows = [traces[i] for i in batch]
-        logp, entropy, mask = rapid.score(model, rows, temperature=temperature, chunk=chunk)                 # [n, T] each
+        logp, entropy, mask = scorer(model, rows, temperature=temperature, chunk=chunk)                      # [n, T] each
         loss, rho = loss_of(logp, mask, rows)
         loss.backward()
         for name, value in dict(loss=loss.detach(), rho_sum=rho, entropy_sum=(entropy * mask).sum(), tokens=mask.sum()).items():
@@ -861,7 +965,7 @@ def sft_gradients(cfg, model, items, indices, state, world):
     traces = [Trace(items[i].prompt, pick_trace(cfg, items, i, state.update + 1)) for i in indices]
     tokens = sum(len(t.response) for t in traces)
     mine = traces[world.rank::world.size]
-    sums = world.sum(accumulate_traces(model, mine, nll_per_token(tokens), 1.0, state.token_budget, cfg.chunk))
+    sums = world.sum(accumulate_traces(model, mine, nll_per_token(tokens), 1.0, state.token_budget, cfg.chunk, world.score))
     world.sum_gradients(model.parameters())
     return dict(loss=sums["loss"], entropy_off=sums["entropy_sum"] / tokens, traces=len(traces))
 
@@ -889,7 +993,7 @@ def red_gradients(cfg, model, items, groups, state, world):
             adv, beta = (torch.tensor(x, device=logp.device, dtype=logp.dtype) for x in ([t.adv for t in rows], [t.beta for t in rows]))
             return offline_loss(logp, mask, adv, beta, traces=total)
         if total:
-            off = world.sum(accumulate_traces(model, traces, loss_of, cfg.temperature, state.token_budget, cfg.chunk))
+            off = world.sum(accumulate_traces(model, traces, loss_of, cfg.temperature, state.token_budget, cfg.chunk, world.score))
             world.sum_gradients(parameters)
             off_grads = [p.grad for p in parameters]
             for p in parameters:
@@ -899,7 +1003,8 @@ def red_gradients(cfg, model, items, groups, state, world):
     on = world.sum(rapid.accumulate(
         model, [r for _, group in groups for r in group], group_size=cfg.group, denominator=cfg.prompts * cfg.group * state.lbar,
         algo="grpo" if cfg.algo == "grpo" else "rapid", eta=cfg.eta, is_level=cfg.is_level, baseline=cfg.baseline,
-        adv_norm=cfg.adv_norm, temperature=cfg.temperature, token_budget=state.token_budget, chunk=cfg.chunk))
+        adv_norm=cfg.adv_norm, temperature=cfg.temperature, token_budget=state.token_budget, chunk=cfg.chunk,
+        scorer=world.score))
     world.sum_gradients(parameters)
     metrics = rapid.summarise(on)
     metrics["grad_norm_on"] = norm(p.grad for p in parameters)
@@ -920,7 +1025,7 @@ def red_gradients(cfg, model, items, groups, state, world):
 
 def norm(grads):
     """Euclidean norm over a list of gradients (None where a parameter has none)."""
-    return math.sqrt(sum(g.double().square().sum().item() for g in grads if g is not None))
+    return math.sqrt(sum(whole(g.double().square().sum()).item() for g in grads if g is not None))
 
 
 def take_update(cfg, model, optimizer, items, state, world, log):
@@ -946,7 +1051,8 @@ def take_update(cfg, model, optimizer, items, state, world, log):
             state.token_budget //= 2
             log(f"out of memory in update {state.update + 1}: redone with --tokens-per-microbatch {state.token_budget}")
             torch.cuda.empty_cache()
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()   # before clipping
+    norm_before = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    metrics["grad_norm"] = whole(norm_before).item()             # of all shards: every rank decides alike to skip or not
     metrics["grad_norm_clipped"] = min(metrics["grad_norm"], cfg.max_grad_norm)
     metrics["skipped"] = not math.isfinite(metrics["grad_norm"] + metrics["loss"] + metrics.get("loss_off", 0.0))
     if not metrics["skipped"]:
@@ -1092,10 +1198,11 @@ class Run:
         """A checkpoint after an update: written under another name, synced, renamed; the newest --keep stay."""
         parts = self.world.gather([[(i, [dataclasses.asdict(r) for r in group]) for i, group in batch] for batch in state.batches])
         state.saved, state.queue = state.update, queue.state
+        weights, moments = self.world.weights(model), self.world.collect(optimizer.state_dict())
         if self.world.rank:
             return
-        whole = [[None] * len(indices) for indices in (state.plan if state.batches else [])]
-        for h, row in enumerate(whole):                  # the unused rollouts of all ranks, in the plan's order
+        plan = [[None] * len(indices) for indices in (state.plan if state.batches else [])]
+        for h, row in enumerate(plan):                   # the unused rollouts of all ranks, in the plan's order
             for rank, part in enumerate(parts):
                 row[rank::self.world.size] = part[h]
         if (self.path / "metrics.jsonl").exists():
@@ -1105,9 +1212,9 @@ class Run:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            model.save_pretrained(temporary / "model")
+            model.save_pretrained(temporary / "model", state_dict=weights)
             text.tokenizer.save_pretrained(temporary / "model")
-            torch.save(dict(state={**vars(state), "batches": whole}, optimizer=optimizer.state_dict()), temporary / "trainer.pt")
+            torch.save(dict(state={**vars(state), "batches": plan}, optimizer=moments), temporary / "trainer.pt")
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -1127,7 +1234,7 @@ class Run:
         """-> (build(folder), trainer dict) of the newest checkpoint that can be read, saying which ones cannot."""
         for folder in reversed(self.checkpoints()):
             try:
-                return build(folder), torch.load(folder / "trainer.pt", weights_only=True)
+                return build(folder), torch.load(folder / "trainer.pt", weights_only=True, mmap=True)
             except (Stop, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
                 self.log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
         raise Stop(f"--resume: {self.path} has no checkpoint that can be read; start a new run")
@@ -1137,6 +1244,14 @@ class Run:
         state = State(**saved["state"])
         state.batches = [[(i, [rapid.Rollout(**r) for r in group]) for i, group in row[self.world.rank::self.world.size]]
                          for row in state.batches]
+        for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            if hasattr(p, "full_tensor"):            # --shard: this rank's part of each moment; the step is one number
+                from torch.distributed.tensor import distribute_tensor
+                moments = saved["optimizer"]["state"].get(i, {})
+                for name in moments.keys() - {"step"}:
+                    # src_data_rank None: every rank has read the file. clone: a part alone would keep the whole alive.
+                    part = distribute_tensor(moments[name], p.device_mesh, p.placements, src_data_rank=None)
+                    moments[name] = part.clone()
         optimizer.load_state_dict(saved["optimizer"])
         queue.state = state.queue
         if self.world.rank == 0 and (self.path / "metrics.jsonl").exists():
@@ -1409,6 +1524,9 @@ def launch(argv):
     clear = "\r\033[K" if sys.stdout.isatty() else ""            # a line of text takes the place of the progress line
     log = (lambda line: print(f"{clear}{line}", flush=True)) if world.rank == 0 else (lambda line: None)
     cfg = world.first(lambda: settle(cfg, given, world, log))
+    if cfg.prompts < world.size and cfg.algo != "sft" and not cfg.eval_only:
+        raise Stop(f"--prompts: found {cfg.prompts}, allowed on {world.size} ranks are {world.size} or more, a group for each; "
+                   "raise it or start fewer ranks")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     torch.manual_seed(cfg.seed)
     device = torch.device(f"cuda:{world.local}" if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -1422,10 +1540,16 @@ def launch(argv):
             raise Stop(f"--algo: sft, but no problem of {cfg.train} has a trace that verifies; give traces (--trace-key), or --algo rapid")
         log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
     run = Run(cfg, world, log) if cfg.resume else None
+    shard = cfg.shard and world.size > 1
+    home = torch.device("cpu") if shard else device              # a card need not have room for what is not split yet
     if run:
-        (model, tokenizer), saved = run.newest(lambda folder: load_model(cfg, folder, device))
+        (model, tokenizer), saved = run.newest(lambda folder: load_model(cfg, folder, home))
     else:
-        model, tokenizer = load_model(cfg, cfg.model or world.first(lambda: tiny_base(log)), device)
+        model, tokenizer = load_model(cfg, cfg.model or world.first(lambda: tiny_base(log)), home)
+    if shard:
+        world.shard(cfg, model, device)
+    elif cfg.shard:
+        log("--shard: there is one rank, which keeps everything; start several with torchrun --nproc_per_node=N red.py ...")
     text = Text(tokenizer, model, cfg.instruction)
     room = context(model)
     items = encode(cfg, text, train_set, room, log)
@@ -1451,8 +1575,9 @@ def launch(argv):
 
     # 3. Train; the finished model and the curves.
     train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, state, log)
+    weights = world.weights(model)
     if world.rank == 0:
-        save_model(run.path / "model", model, tokenizer)
+        save_model(run.path / "model", model, tokenizer, weights)
         draw_curves(read_runs([run.path]), run.path / "curves.png", log)
         log(f"done: {run.path}/model, {state.seconds:.0f} s of training")
 

@@ -2200,6 +2200,19 @@ if world.rank == 0:
 """
 
 
+def test_ranks_without_any_gradient_leave_adam_alone(monkeypatch):
+    """Zeros in place of no gradient would let Adam's moments move the weights, which one rank alone would not do."""
+    world, p, summed = red.World(), torch.nn.Parameter(torch.ones(2)), []
+    world.size = 2
+    monkeypatch.setattr(red.dist, "all_reduce", summed.append)
+    world.gather = lambda mine: [mine, False]
+    world.sum_gradients([p])
+    assert p.grad is None and not summed
+    world.gather = lambda mine: [mine, True]
+    world.sum_gradients([p])
+    assert torch.equal(p.grad, torch.zeros(2)) and len(summed) == 1
+
+
 def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
     """Two gloo processes with half of the groups each: the same gradient, lam and metrics as one, in float64."""
     script = tmp_path / "rank.py"
@@ -2216,6 +2229,231 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- red.py: the sampler
+# Which groups each rank has and which of them bring a trace. The ranks never have as many micro-batches as each other;
+# in "untied" and "checkpointing" rank 1 has no trace at all, and some passes are forward only.
+SHARD_CASES = {
+    "tied": dict(shares=[[0, 1, 2], [3]], budget=90),
+    "untied": dict(shares=[[0, 1, 2], [3]], budget=40, traced=[0, 2], tied=False),
+    "checkpointing": dict(shares=[[0, 2], [1, 3]], budget=40, traced=[0, 2], checkpointing=True, adv_norm="std"),
+    "sft": dict(shares=[[0, 1, 2, 3], [0, 1, 2, 3]], budget=30, algo="sft"),
+    "bfloat16": dict(shares=[[0, 1], [2, 3]], budget=90, dtype="bfloat16"),
+    "poisoned": dict(shares=[[0, 1], [2, 3]], budget=90, poisoned=True),
+}
+
+
+def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, poisoned=False, **changes):
+    """take_update of a fresh tiny model on this rank's share, sharded where there are several ranks -> what to compare.
+
+    float64, but float32 with dtype="bfloat16". held: bytes of weights, gradient and Adam moments on each rank, and its
+    passes as (sequences, with gradients?). poisoned: one number of the last rank's gradient is not finite.
+    """
+    model, tokenizer = red.tiny_model(3)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(19, 96, generator=torch.Generator().manual_seed(1)) / 10)
+        model.config.tie_word_embeddings = False
+    model = model if "dtype" in changes else model.double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--lr", "1e-3"])
+    cfg = dataclasses.replace(cfg, **changes)
+    items = red.encode(cfg, red.Text(tokenizer, model, ""), data.chains(12, seed=5), 128, print)
+    items = [x if i in traced else dataclasses.replace(x, traces=[]) for i, x in enumerate(items)]
+    groups = fake_groups(SimpleNamespace(items=items), 4, seed=4)
+    if world.size > 1:
+        world.shard(cfg, model, torch.device("cpu"))
+    held, passes, score, clip = dict(grads=0), [], rapid.score, torch.nn.utils.clip_grad_norm_
+
+    def clip_poisoned(parameters, most):
+        parameters = list(parameters)
+        if poisoned and world.rank == world.size - 1:
+            grad = parameters[1].grad
+            (grad.to_local() if world.size > 1 else grad)[0, 0] = math.inf
+        return clip(parameters, most)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
+    local = lambda tensors: sum((t.to_local() if world.size > 1 else t).nbytes for t in tensors)
+    optimizer.register_step_pre_hook(lambda *_: held.update(grads=local(p.grad for p in model.parameters())))
+    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, plan=[[0, 1, 2]],
+                      batches=[[groups[i] for i in shares[world.rank]]])
+    rapid.score = lambda model, rows, **how: passes.append((len(rows), torch.is_grad_enabled())) or score(model, rows, **how)
+    torch.nn.utils.clip_grad_norm_ = clip_poisoned
+    try:
+        metrics = red.take_update(cfg, model, optimizer, items, state, world, print)
+    finally:
+        rapid.score, torch.nn.utils.clip_grad_norm_ = score, clip
+    moments = optimizer.state_dict()["state"]
+    held.update(weights=local(model.parameters()), moments=local(m[k] for m in moments.values() for k in ("exp_avg", "exp_avg_sq")),
+                passes=passes, skipped=metrics["skipped"])
+    names = [name for name, _ in model.named_parameters()]
+    weights = world.weights(model) or model.state_dict()
+    moments = world.collect(moments)
+    if world.rank == 0:
+        moments = {name: moments[i] for i, name in enumerate(names) if i in moments}
+        weights = {name: weights[name].detach() for name in names}
+    return dict(metrics=metrics, weights=weights, moments=moments, held=world.gather(held))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """SHARD_CASES on two ranks of one torchrun."""
+    path = tmp_path_factory.mktemp("shard")
+    (path / "ranks.py").write_text("""
+import sys, torch, red, test_red as t
+world, done = red.World(), {}
+for name, case in t.SHARD_CASES.items():
+    world.sharded = None
+    done[name] = t.one_update(world, **case)
+if world.rank == 0:
+    torch.save(done, sys.argv[1])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path / "ranks.py", path / "out.pt"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(path / "out.pt")
+
+
+@pytest.mark.parametrize("case", [name for name in SHARD_CASES if name != "poisoned"])
+def test_shards_make_the_update_of_one_rank(sharded, case):
+    """Weights, Adam moments (the clipped gradient and its square) and metrics of one update, whatever each rank had to do."""
+    got, settings = sharded[case], SHARD_CASES[case]
+    wanted = one_update(red.World(), **{**settings, "shares": [[0, 1, 2, 3]]})
+    loose = 0.05 if case == "bfloat16" else 1e-9       # its gradients differ by the rounding of weights and residual stream
+    for name, m in wanted["moments"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            error = (got["moments"][name][key] - m[key]).norm()
+            assert error <= loose * m[key].norm() + 1e-12, (name, key)
+        if case != "bfloat16":
+            assert (got["weights"][name] - wanted["weights"][name]).abs().max() < 1e-9, name
+    for name, value in wanted["metrics"].items():
+        assert got["metrics"][name] == pytest.approx(value, rel=max(loose, 1e-9)), name
+    one, two = ([grad for _, grad in held["passes"]] for held in got["held"])
+    assert one == two and any(one)                       # in step: the same passes, forward only or with backward
+    if case in ("untied", "checkpointing"):
+        assert not all(one)
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(sharded):
+    """Rank 0's own part of the gradient is fine. No rank steps, and the weights are those of the start."""
+    got, start = sharded["poisoned"], red.tiny_model(3)[0].double()
+    assert [(held["skipped"], held["grads"]) for held in got["held"]] == [(True, 0)] * 2 and not got["moments"]
+    assert math.isinf(got["metrics"]["grad_norm"])
+    for name, weight in start.named_parameters():
+        assert torch.equal(got["weights"][name], weight), name
+
+
+def test_shards_and_ranks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys):
+    model = small_model()
+    model._no_split_modules = None
+    with pytest.raises(red.Stop, match="--shard: Qwen2ForCausalLM does not say which of its modules are layers"):
+        red.World().shard(red.Config(), model, model.device)
+    monkeypatch.setattr(red, "World", lambda: SimpleNamespace(rank=0, size=8, first=lambda action: action()))
+    line = refusal(capsys, "--prompts", 7, "--out", tmp_path / "r")
+    assert line.startswith("red.py: --prompts: found 7, allowed on 8 ranks are 8 or more") and not (tmp_path / "r").exists()
+
+
+def test_each_rank_holds_half(sharded):
+    """Bytes of parameters, gradient and Adam moments on each rank; a tensor of odd length gives rank 0 a row more."""
+    for case in ("tied", "untied"):
+        whole = one_update(red.World(), **{**SHARD_CASES[case], "shares": [[0, 1, 2, 3]]})["held"][0]
+        ranks = sharded[case]["held"]
+        for name, parts in (("weights", 1), ("grads", 1), ("moments", 2)):
+            assert whole[name] == parts * whole["weights"] and sum(held[name] for held in ranks) == whole[name]
+            assert all(abs(held[name] / whole[name] - 0.5) < 0.01 for held in ranks), (case, name)
+
+
+# The public configurations of Qwen2.5, and what they have in common.
+QWEN = {"0.5B": dict(layers=24, width=896, inner=4864, heads=14, kv_heads=2),
+        "1.5B": dict(layers=28, width=1536, inner=8960, heads=12, kv_heads=2),
+        "3B": dict(layers=36, width=2048, inner=11008, heads=16, kv_heads=2)}
+MEMORY = """weights, float32 master | 4 P / R
+gradient | 4 P / R
+second gradient, where there are traces | 4 P / R
+Adam's two moments | 8 P / R
+bfloat16 weights to compute with | 2 (P - E); 2 (E + 3 Q)
+gradients not yet added or summed | 4 E; 2 E + 6 Q
+activations of M tokens | L A M
+the same with `--grad-checkpointing` | (L C + A) M
+logits of one chunk | 10 chunk V
+**training** | all but the line of `--grad-checkpointing`
+**training with `--grad-checkpointing`** | all but the line before it
+vLLM's weights, asleep while training | 2 P
+vLLM's KV cache for 64 x 4,096 tokens, likewise | 4 L K per token
+**sampling** | master, Adam, vLLM"""
+
+
+def memory(layers, width, inner, heads, kv_heads, vocab=151936, ranks=1, tokens=16384, chunk=256, cached=64 * 4096):
+    """Bytes on one card for each line of MEMORY, of a Qwen2 with tied embedding and head, computing in bfloat16."""
+    head, keys = vocab * width, kv_heads * width // heads                     # E, K
+    layer = 2 * width * width + 2 * width * keys + width + 2 * keys + 3 * width * inner + 2 * width  # Q: q, o; k, v; biases; mlp; norms
+    total = head + layers * layer + width                                     # P
+    saved = (30 if ranks == 1 else 20) * width + 8 * inner + 4 * keys + 4 * heads + 8    # A, per token and layer
+    kept = (4 if ranks == 1 else 2) * width                                   # C: autocast keeps the residual stream in float32
+    state = [4 * total / ranks, 4 * total / ranks, 4 * total / ranks, 8 * total / ranks]
+    work = [2 * (total - head), 4 * head] if ranks == 1 else [2 * (head + 3 * layer), 2 * head + 6 * layer]
+    plain, checkpointed, logits = layers * saved * tokens, (layers * kept + saved) * tokens, 10 * chunk * vocab
+    engine = [2 * total, 4 * layers * keys * cached]
+    rest = sum(state) + sum(work) + logits
+    return [*state, *work, plain, checkpointed, logits, rest + plain, rest + checkpointed, *engine, state[0] + state[3] + sum(engine)]
+
+
+def memory_table(tokens=16384):
+    """The README's table: GiB per card, without --shard on one card and with it on 8; tokens of one micro-batch."""
+    columns = [[f"{x / 2 ** 30:.1f}" for x in memory(**shape, ranks=ranks, tokens=tokens)]
+               for ranks in (1, 8) for shape in QWEN.values()]
+    names = [f"{name}, {where}" for where in ("1 card", "8 cards, `--shard`") for name in QWEN]
+    lines = [["GiB per card", "bytes", *names], ["---"] * (2 + len(names))]
+    lines += [[*line.split(" | "), *cells] for line, *cells in zip(MEMORY.splitlines(), *columns, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_memory_table_has_the_models_sizes_and_stands_in_the_readme():
+    """P from the formula for Q against transformers' own models (without memory), and the public sizes."""
+    for name, millions in (("0.5B", 494), ("1.5B", 1544), ("3B", 3086)):
+        s = QWEN[name]
+        with torch.device("meta"):
+            model = Qwen2ForCausalLM(Qwen2Config(
+                vocab_size=151936, hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"],
+                num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], tie_word_embeddings=True))
+        assert memory(**s)[0] == 4 * model.num_parameters() and round(model.num_parameters() / 1e6) == millions
+    assert memory_table() in (HERE / "README.md").read_text()
+
+
+def test_memory_of_the_state_is_what_is_measured(sharded):
+    """Weights, gradient and Adam moments in bytes after a real update, whole and on each of two ranks."""
+    shape = dict(layers=2, width=96, inner=256, heads=3, kv_heads=3, vocab=19)
+    whole = one_update(red.World(), **{**SHARD_CASES["bfloat16"], "shares": [[0, 1, 2, 3]]})["held"]
+    for ranks, held in ((1, whole), (2, sharded["bfloat16"]["held"])):
+        weights, grads, _, moments, *_ = memory(**shape, ranks=ranks)
+        assert len(held) == ranks
+        for rank in held:
+            assert [rank["weights"], rank["grads"], rank["moments"]] == pytest.approx([weights, grads, moments], rel=0.01 * (ranks - 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_activations_is_what_autograd_keeps(ranks, checkpointing):
+    """The formula for A against the bytes that a forward pass saves, weights and what lies outside the layers apart."""
+    def kept(layers):
+        sizes = dict(hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_hidden_layers=layers, tie_word_embeddings=True, **sizes)).train()
+        model = model.bfloat16() if ranks > 1 else model             # as FSDP has them, or float32 under autocast
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        weights, seen = {(*p.shape,) for p in model.parameters()} | {(*p.shape[::-1],) for p in model.parameters()}, {}
+
+        def pack(x):
+            if (*x.shape,) not in weights:
+                seen[x.untyped_storage().data_ptr()] = x         # kept alive, so that no address comes twice
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            rapid.score(model, [Rollout([3] * 8, [4] * 56, [], 1.0)] * 4)
+        return sum(x.untyped_storage().nbytes() for x in seen.values()) / (4 * 64)
+    shape = dict(width=128, inner=160, heads=4, kv_heads=2, ranks=ranks, tokens=1)
+    line = 7 if checkpointing else 6
+    assert kept(3) - kept(2) == memory(layers=3, **shape)[line] - memory(layers=2, **shape)[line]
+
+
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
     """Prompts of different length, finished rows dropped: every log-prob is that of the sequence alone."""
     engine = red.HFEngine(tiny.cfg, tiny.model, tiny.text)
@@ -2552,6 +2790,38 @@ def test_two_ranks_make_a_whole_run(folder, tmp_path):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
     for one, two in zip(rows_of(folder / "a"), rows_of(tmp_path / "b"), strict=True):
         assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
+
+
+def test_a_sharded_run_is_the_run_and_its_checkpoints_are_anybodys(folder, tmp_path, capsys):
+    """--shard on two ranks: the samples and weights of one rank; from its checkpoint one rank goes on, and the other way."""
+    def on_two_ranks(*argv):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "red.py", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def check(path):
+        a, b = weights(folder / "a"), weights(path)
+        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+        for one, two in zip(rows_of(folder / "a"), rows_of(path), strict=True):
+            assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
+        one, two = (torch.load(p / "checkpoints" / "000005" / "trainer.pt", weights_only=True)["optimizer"] for p in (folder / "a", path))
+        for i, m in one["state"].items():
+            assert m.keys() == two["state"][i].keys() and m["step"] == two["state"][i]["step"] == 5
+            assert (two["state"][i]["exp_avg"] - m["exp_avg"]).norm() < 1e-3 * m["exp_avg"].norm() + 1e-9
+
+    # --save-every 3: a checkpoint in the middle of a phase, whose unused rollouts lie on both ranks
+    on_two_ranks("--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--shard", "--save-every", "3")
+    check(tmp_path / "b")
+    for path in (tmp_path / "b", tmp_path / "c"):
+        if path.name == "c":
+            shutil.copytree(folder / "a", path)
+        shutil.rmtree(path / "checkpoints" / "000005")
+        shutil.rmtree(path / "model")
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0
+    assert "--shard: there is one rank" in capsys.readouterr().out
+    check(tmp_path / "b")
+    on_two_ranks("--resume", tmp_path / "c", "--shard")
+    check(tmp_path / "c")
 
 
 def test_sft_follows_the_traces_only(folder, tmp_path):
@@ -3150,9 +3420,11 @@ torch.set_num_threads(1)
 world = red.World()
 model, text = t.build("qwen2-tied")
 engine = red.VLLMEngine(t.CFG, model, text, world, print)
-for seed in (None, 7):
+for seed in (None, 7, 8):
     if seed:
         t.disturb(model, seed)
+    if seed == 8:                                       # --shard: pushed one gathered tensor at a time
+        world.shard(t.CFG, model, model.device)
     engine.push(model)
     mine = t.some_prompts()[:3 + 4 * world.rank]        # ranks need not have as many prompts
     assert t.greedy(engine, mine) == t.greedy(red.HFEngine(t.CFG, model, text), mine)
@@ -3174,5 +3446,7 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["--memory"]:
+    print(memory_table(*map(int, sys.argv[2:])))
+elif __name__ == "__main__":
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
