@@ -789,10 +789,10 @@ VERIFY_HOSTILE_TEXTS = {
 def test_verify_decides_hostile_answers_within_the_budget(name, gold, monkeypatch):
     spent = []
     spend = checker.spend
-    monkeypatch.setattr(checker, "spend", lambda at, cost: (spent.append(cost), spend(at, cost)))
+    monkeypatch.setattr(checker, "spend", lambda cost: (spent.append(cost), spend(cost)))
     verdict = verify(rf"\boxed{{{VERIFY_HOSTILE[name]}}}", gold=gold)
     assert not verdict.correct and verdict.reason in ("wrong", "unparsed", "budget", "truncated", "no_answer")
-    # each precision has the budget once, and one comparison may follow per reading of the commas
+    # each reading of the commas has the budget once
     assert sum(spent) <= 3 * checker.MAX_WORK
 
 
@@ -828,7 +828,7 @@ def test_verify_works_in_threads():
     results = [None] * 4
 
     def work(k):
-        checker.remembered.cache_clear()
+        checker.parse.cache_clear()
         results[k] = [verify(rf"\boxed{{{a}}}", gold=g) for _, g, a, _ in rows]
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads:
