@@ -82,7 +82,6 @@ UNBOXED = [re.compile(p, re.S | re.I) for p in (
     r".*\(([A-J])\)\W*$",
     r"(?:.*\n)?(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*)$",                                      # the last line
     rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
-DECLARED = 4    # the first patterns need no full stop behind a short text
 
 
 def boxed(text: str) -> tuple[str | None, bool]:
@@ -138,9 +137,10 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
         return m[1].strip(" $*"), ""
     tail = text[-1500:]
     tail = tail[:CLOSING.search(tail).start()]
-    # A long text that ends in mid-sentence or mid-formula was cut off, and what it ends with is a number in passing.
+    # A text that ends in mid-sentence or mid-formula may have been cut off, and what it ends with is a number in
+    # passing: a short one must say that this is its answer.
     complete = ended or re.search(r"(?:[.!*$>€²]|\\[)\]]|\([A-J]\))$", text)
-    for pattern in UNBOXED if complete else UNBOXED[:DECLARED] if len(text) < 150 else ():
+    for pattern in UNBOXED if complete else UNBOXED[:4] if len(text) < 150 else ():
         m = pattern.match(tail)
         answer = "".join(m.groups("")).strip(" $*") if m else ""
         if answer and ("formula" in pattern.groupindex or not gold_problem(answer)):
@@ -164,6 +164,7 @@ UNITS = UNITS | {prefix + name: (dim, size * Fraction(f"1e{n}")) for n, prefixes
     -9: "n nano", -6: "u μ micro", -3: "m milli", -2: "c centi", 3: "k kilo", 6: "M mega", 9: "G giga"
 }.items() for prefix in prefixes.split() for name, (dim, size) in UNITS.items()
     if (dim and size == 1 or dim == "L^3") and prefix + name not in UNITS}
+UNITS = {name + "s": entry for name, entry in UNITS.items()} | UNITS
 FUNCTIONS = ("arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs "
              "frac binom sum prod").split()
 SYMBOLS = ("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
@@ -174,10 +175,8 @@ PROSE = set("is are the if or but maybe probably answer than to so because then 
 
 def unit(word: str) -> tuple[str, Fraction]:
     """(dimension, size) of a unit word or its plural; a label is a dimension of its own."""
-    for w in (word, word.lower(), word.removesuffix("s").lower(), word.removesuffix("s")):
-        if w in UNITS:
-            return UNITS[w]
-    return "label " + word.lower().removesuffix("s"), Fraction(1)
+    label = "label " + word.lower().removesuffix("s"), Fraction(1)
+    return UNITS.get(word) or UNITS.get(word.lower()) or label
 
 
 COMMANDS = (
@@ -214,11 +213,6 @@ def rows(m: re.Match) -> str:
     return r"\langle " + ",".join(rf"\langle {x} \rangle" if "," in x else x for x in lines) + r" \rangle "
 
 
-def repeating(m: re.Match) -> str:
-    r"""0.1\overline{6} as (16-1)/90."""
-    return rf"\frac{{{m[1]}{m[2]}{m[3]}-{m[1] or 0}{m[2]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}}"
-
-
 def unit_behind(m: re.Match) -> str:
     """Letters behind a number as its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
     word, known = m[2], not unit(m[2])[0].startswith("label")
@@ -238,10 +232,10 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     # 1. characters, commands that mean nothing, text
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(SMALL) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(SMALL) + "}"),
-    (r"(?<!\d)(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating),
+    (r"(?<=[\d.])\\overline\s*\{(\d+)\}", r"~\1"),    # 0.1\overline{6} is 0.1~6
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", " "),
     (r"(?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
-    (r"(?<!\\)\\[,;:!>~ \n]|\\hspace\{[^{}]*\}|\\q?quad|(?<!\\)[~$]|\\[()\[\]]|\\(?:(?:display|text)style|limits|phantom"
+    (r"(?<!\\)\\[,;:!>~ \n]|\\hspace\{[^{}]*\}|\\q?quad|(?<!\\)(?:\$|~(?!\d))|\\[()\[\]]|\\(?:(?:display|text)style|limits|phantom"
      r"|mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|(?:over|under)line|boxed|fbox|angle|triangle)(?![a-zA-Z])", " "),
     (r"(?<=[\d}])\s*\\(?:text|mathrm)\s*\{\s*([A-Z])\s*\}", r" @\1"),    # 1 \text{ L}
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", said),
@@ -258,6 +252,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
      lambda m: m[2] + "'" * (2 if m[1] else 1)),
     (r"\bd([a-z])\s*/\s*d[a-z]\b", r"\1'"),
     # 3. program notation and white space
+    (r"(?<=\d) ?_ ?\{? ?(\d+) ?\}?", r" \\zeta_{base\1}"),    # an unknown factor for each base: 204_5 is not 204_6
     (r"\bnp\.|\bmath\.", ""), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "), (r"\*\*", "^"),
     (r"(?<![\d.])(\d[\d.]*)[eE]([-+]?\d+)", r"(\1*10^{\2})"), (r"\.\.\.+", r"\\ldots "), (r"\s+", " "),
     # 4. words: the range of an arbitrary integer, times of day, money, units, single words
@@ -310,7 +305,7 @@ WRAPPERS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 # single number or letter, f always is: x(3), f(t + 1) and \theta(t) are calls; n(n-1) and a(b) are products.
 NAMED, FUNC, SUFFIX = "|".join(SYMBOLS), "|".join(FUNCTIONS), r"(?:_\{[^{}]*\}|_[^\W_]|')"
 TOKEN = re.compile(rf"""\s*(?:
-    (?P<num>(?:\d+\.?\d*|\.\d+)(?:_\d+|_\{{\d+\}})?)
+    (?P<num>(?:\d+\.?\d*|\.\d+)(?:~\d+)?)
   | @(?P<word>[^\W\d_]+)
   | (?P<func>\\(?:{FUNC})(?![a-zA-Z])|{FUNC})
   | (?P<op>[<>!=:]=)
@@ -327,14 +322,12 @@ def exact(x) -> tuple:
 
 
 def number(text: str) -> tuple:
-    """A literal as (num, value, unit in the last place or None if an integer, significant digits)."""
-    text, _, base = text.partition("_")
+    """A literal as (num, value, unit in the last place or None if exact, significant digits). 0.1~6 is 0.1666..."""
+    text, _, period = text.partition("~")
     whole, _, decimals = text.partition(".")
     ulp = Fraction(1, 10 ** len(decimals))
-    value = int(whole + decimals) * ulp
-    node = ("num", value, ulp, len((whole + decimals).lstrip("0"))) if decimals else exact(value)
-    # an unknown factor for each base: 204_5 equals neither 204_6 nor 54
-    return ("*", node, ("sym", "base " + base.strip("{}"))) if base else node
+    value = int(whole + decimals) * ulp + (ulp * Fraction(int(period), 10 ** len(period) - 1) if period else 0)
+    return ("num", value, ulp, len((whole + decimals).lstrip("0"))) if decimals and not period else exact(value)
 
 
 def signed(sign: str, node: tuple, position: int = 0) -> tuple:
@@ -747,11 +740,6 @@ def agree(gold: tuple, answer: tuple) -> bool:
     return agreed
 
 
-def unitless(node: tuple) -> tuple | None:
-    """What `swap` puts in place of a unit. Inside a function a degree is always a degree: sin 30^\\circ."""
-    return exact(1) if node[0] == "word" else node if node[0] == "call" else None
-
-
 def equal(gold: tuple, answer: tuple) -> bool:
     """Equality by value. A unit that only one side writes is ignored: cm after a gold without cm. Percent and degree
     have plain sizes, so there the other side may also have converted: 28% and 0.28. If both sides have units they
@@ -763,7 +751,10 @@ def equal(gold: tuple, answer: tuple) -> bool:
     if head is not answer and head[0] != "sym" and not names(gold):
         answer = swap(answer, lambda n: ("word", n[1]) if n[0] == "sym" and n[1] in UNITS else None)
     has = [any(n[0] == "word" for n in walk(t)) for t in (gold, answer)]
-    return agree(gold, answer) or has[0] != has[1] and agree(swap(gold, unitless), swap(answer, unitless))
+    if (agreed := agree(gold, answer)) or has[0] == has[1]:
+        return agreed
+    # without the units, but inside a function a degree is always a degree: sin 30^\circ
+    return agree(*(swap(t, lambda n: exact(1) if n[0] == "word" else n if n[0] == "call" else None) for t in (gold, answer)))
 
 
 def proportional(f: tuple, g: tuple) -> bool:
@@ -872,6 +863,13 @@ def unnamed(node: tuple) -> tuple:
     return ("/", *node[2]) if node[0] == "rel" and node[1] == (":",) else node
 
 
+def contradicts(node: tuple) -> bool:
+    """Whether a name equals plain numbers that are more than 1 % apart: x = 5 = 6 claims neither."""
+    if node[0] != "rel" or set(node[1]) != {"="} or {n[0] for n in node[2][1:]} != {"num"}:
+        return False
+    return any(abs(a[1] - b[1]) > abs(a[1]) / 100 for a, b in zip(node[2][1:], node[2][2:]))
+
+
 def variants(node: tuple) -> list[tuple]:
     """A tree with ± as its readings: both signs of each, coupled when a ∓ shows that they belong together."""
     signs = [n for n in walk(node) if n[0] == "pm"]
@@ -974,7 +972,7 @@ def gold_text(gold: str) -> str:
     """The cleaned gold; a whole solution given as gold is reduced to its box or its final answer."""
     final = FINAL.match(gold)
     gold = boxed(gold)[0] or (final[1] if final else gold)
-    return clean(gold) if len(gold) <= MAX_CHARS else gold
+    return re.sub(r"^[\d.]+ ?= ?(?=[\d.]+ ?@percent)", "", clean(gold)) if len(gold) <= MAX_CHARS else gold    # 0.56 = 56%
 
 
 def readings(gold: str, answer: str) -> list[tuple[str, str]]:
@@ -998,7 +996,7 @@ def compare(gold: str, answer: str) -> bool:
     """Whether one reading of two cleaned texts is the same answer. Errors: Unparsed, Budget."""
     LOCAL.work = 0
     g, a = parse(gold), parse(answer)
-    return same(g, renamed(g, a))
+    return not contradicts(a) and same(g, renamed(g, a))
 
 
 def decide(gold: str, answer: str) -> str:
