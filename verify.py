@@ -91,7 +91,8 @@ def boxed(text: str) -> tuple[str | None, bool]:
     not the luck of the last one. One pass with a stack, because to match the braces of each box is quadratic.
     """
     stack, found, hanging = [], [], -1
-    for m in BOX.finditer(text):
+    first = re.search(r"\\(?:boxed|fbox)", text)
+    for m in BOX.finditer(text, first.start()) if first else ():
         if m["bare"]:
             found.append((m.start(), m.end(), slice(*m.span("bare"))))
         elif m[0] == "{" or m["box"] and m[0][-1] == "{":
@@ -166,7 +167,7 @@ UNITS = UNITS | {prefix + name: (dim, size * Fraction(f"1e{n}")) for n, prefixes
     if (dim and size == 1 or dim == "L^3") and prefix + name not in UNITS}
 UNITS = {name + "s": entry for name, entry in UNITS.items()} | UNITS
 FUNCTIONS = ("arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs "
-             "frac binom sum prod").split()
+             "frac binom sum prod floor ceil").split()
 SYMBOLS = ("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
            "chi psi omega Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset R Z N Q "
            "C ldots dots cdots varnothing max min").split()
@@ -240,6 +241,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"(?<=[\d}])\s*\\(?:text|mathrm)\s*\{\s*([A-Z])\s*\}", r" @\1"),    # 1 \text{ L}
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", said),
     (r"\\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\}", rows),
+    (r"\\l(floor|ceil)(?![a-zA-Z])", r"\\\1("), (r"\\r(?:floor|ceil)(?![a-zA-Z])", ")"), (r"\\\{ *\\\}", r"\\emptyset "),
     (r"\\mathbb ?(?:\{ ?([A-Z]) ?\}|([A-Z]))", r"\\\1\2 "),
     # 2. fractions, degrees, derivatives: dx/dt, \dot{x} and x^\prime are all x'
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
@@ -298,9 +300,7 @@ SPELLED = {spelling: row.split()[0] for row in (
     ).split("; ") for spelling in row.split()} | {";": ","}
 LEVELS = {op: level for level, row in enumerate((
     ", or", "= < <= > >= != ∈ ~ :", "∪ ∩ ∖", "+ - ± ∓", "* /")) for op in row.split()}
-PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle",    # an interval may be (0, 1]
-         "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-WRAPPERS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
+PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|"}    # (0, 1] is an interval
 # A name takes its subscript and primes along. Letters that usually name functions are called before a bracket with a
 # single number or letter, f always is: x(3), f(t + 1) and \theta(t) are calls; n(n-1) and a(b) are products.
 NAMED, FUNC, SUFFIX = "|".join(SYMBOLS), "|".join(FUNCTIONS), r"(?:_\{[^{}]*\}|_[^\W_]|')"
@@ -484,9 +484,6 @@ class Parser:
     def bracket(self, opened: str) -> tuple:
         """(...), [...], {...}, \\{...\\}, |...|, or an interval such as (0, 1]. The kind of bracket stays in the tree,
         because (1, 2), [1, 2] and \\{1, 2\\} are three different answers; (x) and {x} are just x."""
-        if opened == r"\{" and self.next == r"\}":
-            self.take()
-            return ("sym", "emptyset")
         bars, self.bars = self.bars, opened in (r"\{", "|")    # inside a set a bar or colon separates the condition
         inner = self.expression()
         if opened == r"\{" and self.next in ("|", ":"):
@@ -495,8 +492,8 @@ class Parser:
             inner = ("such", inner, self.expression())
         self.bars = bars
         close = self.take(PAIRS[opened])
-        if opened in WRAPPERS:
-            return ("call", WRAPPERS[opened], inner)
+        if opened == "|":
+            return ("call", "abs", inner)
         bare = inner[0] == "seq" and inner[3] == ""
         if inner[0] == "such" or not bare and opened + close in ("()", "[]", "{}"):
             return inner
@@ -953,13 +950,13 @@ def same_chain(gold: tuple, answer: tuple) -> bool:
 
 def renamed(gold: tuple, answer: tuple) -> tuple:
     """The answer with its arbitrary constants named as in the gold: n for k in Z, K for C where there is also an x."""
-    integers = {n[2][0] for t in (gold, answer) for n in walk(t) if n[:2] == ("rel", ("∈",)) and n[2][1][1] in ("Z", "N")}
     theirs, ours = sorted(names(answer) - names(gold)), sorted(names(gold) - names(answer))
+    if not theirs or [n[1:] for n in theirs] != [n[1:] for n in ours]:
+        return answer
+    integers = {n[2][0] for t in (gold, answer) for n in walk(t) if n[:2] == ("rel", ("∈",)) and n[2][1][1] in ("Z", "N")}
     free = [n for n in theirs + ours if not (("sym", n) in integers or n in "kmnl" and integers or (
         re.fullmatch(r"[CKck](_\d)?", n) and len(names(gold)) > len(ours)))]
-    if free or [n[1:] for n in theirs] != [n[1:] for n in ours]:
-        return answer
-    return swap(answer, {("sym", n): ("sym", new) for n, new in zip(theirs, ours)}.get)
+    return answer if free else swap(answer, {("sym", n): ("sym", new) for n, new in zip(theirs, ours)}.get)
 
 
 # ------------------------------------------------------------------ verdicts
