@@ -166,11 +166,13 @@ UNITS = UNITS | {prefix + name: (dim, size * Fraction(f"1e{n}")) for n, prefixes
 }.items() for prefix in prefixes.split() for name, (dim, size) in UNITS.items()
     if (dim and size == 1 or dim == "L^3") and prefix + name not in UNITS}
 UNITS = {name + "s": entry for name, entry in UNITS.items()} | UNITS
-FUNCTIONS = ("arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs "
-             "frac binom sum prod floor ceil").split()
-SYMBOLS = ("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
-           "chi psi omega Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset R Z N Q "
-           "C ldots dots cdots varnothing max min").split()
+FUNC = "|".join((
+    "arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs frac binom "
+    "sum prod floor ceil").split())
+NAMED = "|".join((
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset varnothing R Z N Q C ldots dots "
+    "cdots max min").split())
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
 
 
@@ -200,11 +202,9 @@ def joined(text: str) -> str:
 
 
 def said(m: re.Match) -> str:
-    r"""What stands for \text{...}: a separator, plain content (numbers, lists, letters), or words marked with @."""
+    r"""What stands for \text{...}: plain content (numbers, lists, letters, "and"), or words marked with @."""
     text = m[1].strip(" .\\~$")
-    if text.rstrip(",") in ("and", "or", ""):
-        return {"a": " , ", "o": r" \or "}.get(text[:1], " ")
-    plain = re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$", text)
+    plain = re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text)
     return f" {text} " if plain else " " + re.sub(r"[^\W\d_]+", r"@\g<0>", text.strip("()"))
 
 
@@ -222,12 +222,6 @@ def unit_behind(m: re.Match) -> str:
     return m[1] + ("@" if is_unit else "") + word
 
 
-def phrase(m: re.Match) -> str:
-    """Letters where nothing but words can stand: Monday, x = even. Names of functions stay what they are."""
-    known = set(m[0].split()) & {*FUNCTIONS, "infinity", "inf"}
-    return m[0] if known else re.sub("[a-zA-Z]+", r"@\g<0>", m[0])
-
-
 # One spelling per construct. A word is marked with @, so that its letters are no product.
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     # 1. characters, commands that mean nothing, text
@@ -236,16 +230,17 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"(?<=[\d.])\\overline\s*\{(\d+)\}", r"~\1"),    # 0.1\overline{6} is 0.1~6
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", " "),
     (r"(?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
-    (r"(?<!\\)\\[,;:!>~ \n]|\\hspace\{[^{}]*\}|\\q?quad|(?<!\\)(?:\$|~(?!\d))|\\[()\[\]]|\\(?:(?:display|text)style|limits|phantom"
-     r"|mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|(?:over|under)line|boxed|fbox|angle|triangle)(?![a-zA-Z])", " "),
+    (r"(?<!\\)\\[,;:!>~ \n]|\\hspace\{[^{}]*\}|\\q?quad|(?<!\\)(?:\$|~(?!\d))|\\[()\[\]]|\\(?:displaystyle|textstyle"
+     r"|limits|phantom|mathbf|mathit|boldsymbol|bm|mathcal|vec|hat|bar|overline|underline|boxed|fbox|angle|triangle)"
+     r"(?![a-zA-Z])", " "),
     (r"(?<=[\d}])\s*\\(?:text|mathrm)\s*\{\s*([A-Z])\s*\}", r" @\1"),    # 1 \text{ L}
     (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\}", said),
     (r"\\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\}", rows),
-    (r"\\l(floor|ceil)(?![a-zA-Z])", r"\\\1("), (r"\\r(?:floor|ceil)(?![a-zA-Z])", ")"), (r"\\\{ *\\\}", r"\\emptyset "),
-    (r"\\mathbb ?(?:\{ ?([A-Z]) ?\}|([A-Z]))", r"\\\1\2 "),
+    (r"\\l(floor|ceil)(?![a-zA-Z])", r"\\\1("), (r"\\r(?:floor|ceil)(?![a-zA-Z])", ")"),
+    (r"\\\{ *\\\}", r"\\emptyset "), (r"\\mathbb ?(?:\{ ?([A-Z]) ?\}|([A-Z]))", r"\\\1\2 "),
     # 2. fractions, degrees, derivatives: dx/dt, \dot{x} and x^\prime are all x'
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"), (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.^/])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree", "@degree "), (r"\\?%", "@percent "),
     (r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|(\\prime))", r"\1\2"), (r"\\prime\s*", "'"),
@@ -259,6 +254,8 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"(?<![\d.])(\d[\d.]*)[eE]([-+]?\d+)", r"(\1*10^{\2})"), (r"\.\.\.+", r"\\ldots "), (r"\s+", " "),
     # 4. words: the range of an arbitrary integer, times of day, money, units, single words
     (r"[,;]?\s*\( ?([kmn]) ?\\in *\\?([ZN]) *\)(?=[\s.}]*$)", r", \1 \\in \\\2 "),
+    (r",? *@?\b(?:where|with|for)\b(?: *@?(?:any|all|every|some|an|each))* *(?:@?integers? +([kmn])\b"
+     r"|([kmn]) +@?is +@?an +@?integer|([kmn]) *\\in *\\?Z)", r", \1\2\3 \\in \\Z "),
     (r"(?<=\d):00(?=(?::00)? ?@?[apAP]\b)", ""),
     (r"(?<=\d) ?@?([apAP])(?:\.* ?@?[mM]|(?<=:\d\d.))\b\.*", lambda m: f" @{m[1].lower()}m"),
     (r"\\\$\s*(\d+(?:[,.]\d+)*|\.\d+)", r"\1 @dollar "), (r"\\\$", "@dollar "),
@@ -268,7 +265,8 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r" *@?\bsquared\b", "^2"), (r" *@?\bcubed\b", "^3"), (r"(@[a-zA-Z]+ ?/ ?)([a-zA-Z]+)", r"\1@\2"),
     (r"(?<![\\@a-zA-Z])and(?![a-zA-Z])", " , "), (r"(?<![\\@a-zA-Z])or(?![a-zA-Z])", r" \\or "),
     (r"(?<![\\@a-zA-Z])([A-Z]{3,})(?![a-zA-Z_])", r"@\1"),    # LQSX: its letters must not commute
-    (r"(?:^|(?<=[,(={])|(?<=\\or ))\s*(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))|[a-zA-Z]{2,}(?: +[a-zA-Z]+)+)", phrase))]
+    (rf"(?:^|(?<=[,(={{])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:{FUNC}|infinity|inf)\b)"
+     r"(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))|[a-zA-Z]{2,}(?: +[a-zA-Z]+)+)", lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])))]    # Monday, x = even
 
 
 @functools.lru_cache(maxsize=1024)
@@ -294,16 +292,16 @@ def clean(text: str) -> str:
 
 # The vocabulary: all spellings of a token, the levels of the binary operators (loosest first), the brackets.
 SPELLED = {spelling: row.split()[0] for row in (
-    r"= == := \equiv; < \lt; <= \le \leq \leqslant; > \gt; >= \ge \geq \geqslant; != \ne \neq; ∈ \in; ~ \approx; ∪ \cup; "
-    r"∩ \cap; ∖ \setminus \backslash; ± \pm; ∓ \mp; * \cdot \times \ast; / \div; | \lvert \rvert \mid \vert \|; ] \rbrack; "
-    r"[ \lbrack; , \, and \land; or \or \lor; infty infinity inf oo; emptyset varnothing; ldots dots cdots"
+    r"= == := \equiv; < \lt; <= \le \leq \leqslant; > \gt; >= \ge \geq \geqslant; != \ne \neq; ∈ \in; ~ \approx; "
+    r"∪ \cup; ∩ \cap; ∖ \setminus \backslash; ± \pm; ∓ \mp; * \cdot \times \ast; / \div; "
+    r"| \lvert \rvert \mid \vert \|; [ \lbrack; ] \rbrack; , \, and \land; or \or \lor; infty infinity inf oo; emptyset varnothing; ldots dots cdots"
     ).split("; ") for spelling in row.split()} | {";": ","}
 LEVELS = {op: level for level, row in enumerate((
     ", or", "= < <= > >= != ∈ ~ :", "∪ ∩ ∖", "+ - ± ∓", "* /")) for op in row.split()}
 PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|"}    # (0, 1] is an interval
 # A name takes its subscript and primes along. Letters that usually name functions are called before a bracket with a
 # single number or letter, f always is: x(3), f(t + 1) and \theta(t) are calls; n(n-1) and a(b) are products.
-NAMED, FUNC, SUFFIX = "|".join(SYMBOLS), "|".join(FUNCTIONS), r"(?:_\{[^{}]*\}|_[^\W_]|')"
+SUFFIX = r"(?:_\{[^{}]*\}|_[^\W_]|')"
 TOKEN = re.compile(rf"""\s*(?:
     (?P<num>(?:\d+\.?\d*|\.\d+)(?:~\d+)?)
   | @(?P<word>[^\W\d_]+)
@@ -351,9 +349,9 @@ def chain(op: str, left: tuple, right: tuple, position: int) -> tuple:
         return ("rel", (*ops, op), (*sides, right))
     if LEVELS.get(op) == 3:
         op, right = "+", signed(op, right, position)
-    if op == "" and left[0] == "num" and left[2] is None and right[0] == "/" and right[1][0] == right[2][0] == "num" and (
-            0 < right[1][1] < right[2][1]):    # 2\frac12, but an improper fraction is a factor
-        return ("+", left, signed("-" if left[1] < 0 else "+", right))
+    if op == "" and left[0] == "num" and left[2] is None and right[0] == "/" and {n[0] for n in right[1:]} == {"num"}:
+        if 0 < right[1][1] < right[2][1]:    # 2\frac12, but an improper fraction is a factor
+            return ("+", left, signed("-" if left[1] < 0 else "+", right))
     op = op or "*"
     return (*left, right) if op in "+*" and left[0] == op else (op, left, right)
 
@@ -458,7 +456,7 @@ class Parser:
         return node
 
     def function(self, name: str) -> tuple:
-        r"""\frac12, \sin^2 x, \log_2 8, \sqrt[3]{x}, \sum_{k=1}^n k, \sin 2\pi t: arguments in brackets or a product."""
+        r"""\frac12, \sin^2 x, \log_2 8, \sqrt[3]{x}, \sum_{k=1}^n k, \sin 2\pi t: in brackets or a product."""
         extra = {}
         while self.next in ("^", "_") or self.next == "[" and name == "sqrt":
             key = self.take() if self.next != "[" else "_"
@@ -599,9 +597,8 @@ def power(a, b):
     size = m.mag(m.mag(a))
     if max(m.mag(b), size) > 64:
         raise Budget("a power too large")
-    if isinstance(a, Fraction) and m.isint(b) and abs(b) * max(abs(a.numerator), a.denominator).bit_length() <= MAX_BITS:
-        return a ** int(b)
-    return m.power(a, m.convert(b))
+    short = isinstance(a, Fraction) and abs(b) * max(abs(a.numerator), a.denominator).bit_length() <= MAX_BITS
+    return a ** int(b) if short and m.isint(b) else m.power(a, m.convert(b))
 
 
 def call(name: str, x: list, point):
@@ -649,8 +646,9 @@ def value(node: tuple, point):
     if kind == "word":
         dim, size = unit(node[1])
         base, _, exponent = dim.partition("^")
-        return m.pi / 180 if not size else size if not dim else size * sample("unit " + base, point) ** int(exponent or 1)
-    if kind == "seq" and node[1] == "(":    # in multiples and sums of vectors a cell is a coefficient of an unknown
+        scale = sample("unit " + base, point) ** int(exponent or 1) if dim else 1
+        return size * scale if size else m.pi / 180    # the degree
+    if kind == "seq" and node[1] == "(":    # in multiples and sums of vectors a cell is the coefficient of an unknown
         level = node[2][0][0] == "seq"
         return value(("+", *(("*", cell, ("sym", f"cell {level} {i}")) for i, cell in enumerate(node[2]))), point)
     try:
@@ -751,7 +749,8 @@ def equal(gold: tuple, answer: tuple) -> bool:
     if (agreed := agree(gold, answer)) or has[0] == has[1]:
         return agreed
     # without the units, but inside a function a degree is always a degree: sin 30^\circ
-    return agree(*(swap(t, lambda n: exact(1) if n[0] == "word" else n if n[0] == "call" else None) for t in (gold, answer)))
+    plain = [swap(t, lambda n: exact(1) if n[0] == "word" else n if n[0] == "call" else None) for t in (gold, answer)]
+    return agree(*plain)
 
 
 def proportional(f: tuple, g: tuple) -> bool:
@@ -779,7 +778,8 @@ def is_set(node: tuple) -> bool:
         return is_set(node[2][1]) if node[1] == ("∈",) else set(node[1]) <= set(CHECKS)
     if node[0] == "seq":    # "x <= 5, x in R"
         return node[1] in ("", "or", "{") and all(map(is_set, node[2]))
-    return node[0] in ("∪", "∩", "∖", "such") or node[1] in ("R", "emptyset") or node[0] == "word" and "real" in node[1]
+    return node[0] in ("∪", "∩", "∖", "such") or node[1] in ("R", "emptyset") or (
+        node[0] == "word" and "real" in node[1])
 
 
 def grid(*sets: tuple) -> list:
@@ -804,10 +804,15 @@ def inside(node: tuple, x) -> bool:
     if kind == "rel" and node[1] == ("∈",):
         return inside(node[2][1], x)
     if kind == "rel" and set(node[1]) <= set(CHECKS):
-        if not names(node):
-            raise Unparsed("an inequality without an unknown")
-        sides = [value(side, x) for side in node[2]]
-        return all(CHECKS[op](add(a, -b)) for op, a, b in zip(node[1], sides, sides[1:]))
+        if not names(node) or "word" in {side[0] for side in node[2]}:
+            raise Unparsed("no inequality of an unknown number")
+        for side in node[2]:
+            value(side, 0)    # an inequality that cannot be read is no set
+        try:
+            sides = [value(side, x) for side in node[2]]
+            return all(CHECKS[op](add(a, -b)) for op, a, b in zip(node[1], sides, sides[1:]))
+        except (Unparsed, TypeError):    # 1/x has no value at 0, \sqrt{x} no order below it
+            return False
     # {2x | x > 1} and {x in Z | x > 1} are other sets than their condition
     if kind == "such" and (node[1][0] == "sym" or node[1] == ("rel", ("∈",), (node[1][2][0], ("sym", "R")))):
         return inside(node[2], x)
@@ -823,7 +828,8 @@ def inside(node: tuple, x) -> bool:
         if node[1] == r"\{":
             return not all(steps)
         if len(steps) == 2 and add(steps[0], -steps[1]) >= 0:
-            return CHECKS[">=" if node[1] == "[" else ">"](steps[0]) and CHECKS["<=" if node[3] == "]" else "<"](steps[1])
+            closed = [{"[": ">=", "(": ">"}[node[1]], {"]": "<=", ")": "<"}[node[3]]]
+            return all(CHECKS[op](step) for op, step in zip(closed, steps))
     if kind in ("sym", "word") and is_set(node):
         return node[1] != "emptyset"
     raise Unparsed("not a set of numbers")
@@ -845,7 +851,7 @@ def same_set(gold: tuple, answer: tuple) -> bool:
 
 
 def named(node: tuple) -> bool:
-    r"""Whether the left side of an equation is only a name: x, f(x), (x, y), AB, |AB|, V_1/V_2; 11a + c and 2x do not."""
+    r"""Whether the left side of an equation is only a name: x, f(x), (x, y), AB, |AB|, V_1/V_2; not 11a + c, 2x."""
     return node[0] == "word" or node[0] == "call" and node[1][0] == "?" or (
         names(node) != set() and {n[0] for n in walk(node)} <= {"sym", "seq", "call", "*", "/"})
 
@@ -878,16 +884,20 @@ def variants(node: tuple) -> list[tuple]:
     return list(dict.fromkeys(swap(node, pick.get) for pick in picks))
 
 
+def restricts(node: tuple) -> bool:
+    """Whether a node says that its letter is any integer: k in Z."""
+    return node[:2] == ("rel", ("∈",)) and node[2][1][1] in ("Z", "N")
+
+
 BAGS = ("", r"\{\}")    # the collections without an order
 
 
 def collection(node: tuple) -> tuple[str | None, list[tuple]]:
-    r"""(brackets, members): "" for a bare list or what ± stands for, "\{\}", "()", "[)" ...; None for a single answer."""
+    r"""(brackets, members): "" for a bare list or what ± stands for, "\{\}", "()", "[)" ...; None for a single one."""
     inner = unnamed(node)
     if inner[0] == "seq" and inner[1] in ("", "or", "{", r"\{"):
         # "pi/4 + k pi, k in Z" is one answer, but Z restricts an inequality
-        integer = [n[:2] == ("rel", ("∈",)) and n[2][1][1] in ("Z", "N") for n in inner[2]]
-        items = [n for n, out in zip(inner[2], integer) if not out or any(map(is_set, inner[2]))]
+        items = [n for n in inner[2] if not restricts(n) or any(map(is_set, inner[2]))]
         parts = [(None, []) if item[:2] == ("seq", "{") else collection(item) for item in items]
         found = dict.fromkeys(v for item, (kind, own) in zip(items, parts) for v in (own if kind in BAGS else [item]))
         return BAGS[inner[1] == r"\{"], list(found)
@@ -950,13 +960,16 @@ def same_chain(gold: tuple, answer: tuple) -> bool:
 
 def renamed(gold: tuple, answer: tuple) -> tuple:
     """The answer with its arbitrary constants named as in the gold: n for k in Z, K for C where there is also an x."""
-    theirs, ours = sorted(names(answer) - names(gold)), sorted(names(gold) - names(answer))
-    if not theirs or [n[1:] for n in theirs] != [n[1:] for n in ours]:
+    mine, theirs = names(gold), names(answer)
+    integers = {n[2][0] for t in (gold, answer) for n in walk(t) if restricts(n)} if mine != theirs else ()
+
+    def arbitrary(name: str) -> bool:
+        return bool(integers) and (name in "kmnl" or ("sym", name) in integers) or (
+            len(mine) > 1 and re.fullmatch(r"C|K|[Cc]_\d", name) is not None)
+    old, new = sorted(filter(arbitrary, theirs - mine)), sorted(filter(arbitrary, mine - theirs))
+    if [name[1:] for name in old] != [name[1:] for name in new]:
         return answer
-    integers = {n[2][0] for t in (gold, answer) for n in walk(t) if n[:2] == ("rel", ("∈",)) and n[2][1][1] in ("Z", "N")}
-    free = [n for n in theirs + ours if not (("sym", n) in integers or n in "kmnl" and integers or (
-        re.fullmatch(r"[CKck](_\d)?", n) and len(names(gold)) > len(ours)))]
-    return answer if free else swap(answer, {("sym", n): ("sym", new) for n, new in zip(theirs, ours)}.get)
+    return swap(answer, {("sym", name): ("sym", wanted) for name, wanted in zip(old, new)}.get) if old else answer
 
 
 # ------------------------------------------------------------------ verdicts
@@ -969,7 +982,8 @@ def gold_text(gold: str) -> str:
     """The cleaned gold; a whole solution given as gold is reduced to its box or its final answer."""
     final = FINAL.match(gold)
     gold = boxed(gold)[0] or (final[1] if final else gold)
-    return re.sub(r"^[\d.]+ ?= ?(?=[\d.]+ ?@percent)", "", clean(gold)) if len(gold) <= MAX_CHARS else gold    # 0.56 = 56%
+    # 0.56 = 56% is a gold in two spellings
+    return re.sub(r"^[\d.]+ ?= ?(?=[\d.]+ ?@percent)", "", clean(gold)) if len(gold) <= MAX_CHARS else gold
 
 
 def readings(gold: str, answer: str) -> list[tuple[str, str]]:
