@@ -353,6 +353,12 @@ def chain(op: str, left: tuple, right: tuple, position: int) -> tuple:
         if 0 < right[1][1] < right[2][1]:    # 2\frac12, but an improper fraction is a factor
             return ("+", left, signed("-" if left[1] < 0 else "+", right))
     op = op or "*"
+    if op == "*" and left[0] == right[0] == "seq" and {n[0] for n in left[2] + right[2]} == {"seq"}:
+        if len(left[2] + right[2]) > 9:
+            raise Budget("a product of large matrices")
+        columns = list(zip(*(row[2] for row in right[2])))
+        cells = [[("+", *(("*", x, y) for x, y in zip(row[2], column))) for column in columns] for row in left[2]]
+        return ("seq", "(", tuple(("seq", "(", tuple(row), ")") for row in cells), ")")
     return (*left, right) if op in "+*" and left[0] == op else (op, left, right)
 
 
@@ -946,6 +952,8 @@ def same_chain(gold: tuple, answer: tuple) -> bool:
     """Equations up to a factor, ratios up to a factor, and chains of relations side by side in either direction."""
     (_, ops, g), (_, other, a) = gold, answer
     if set(ops + other) == {"="}:
+        if g[0][:2] == a[0][:2] and {n[0] for n in g[0][2:] + a[0][2:]} == {"sym"} and not names(*g[0][2:]) & names(*a):
+            a = swap(a, dict(zip(a[0][2:], g[0][2:])).get)    # f(n) = n is f(x) = x
         y_for_f = {g[0][0], a[0][0]} == {"call", "sym"} and "y" in (g[0][1], a[0][1])
         if named(g[0]) and named(a[0]) and (g[0] == a[0] or y_for_f):
             return same(g[-1], a[-1])
