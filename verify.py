@@ -85,10 +85,12 @@ UNBOXED = [re.compile(p, re.S | re.I) for p in (
 
 
 def boxed(text: str) -> tuple[str | None, bool]:
-    """The content of the last box, None without one, and whether a later box was opened and never closed.
+    r"""The content of the last box, None without one, and whether a later box was opened and never closed.
 
     Boxes joined only by a comma, "and" or "or" are one list: hedging over two boxes must be a list of guesses and
     not the luck of the last one. One pass with a stack, because to match the braces of each box is quadratic.
+    >>> boxed(r"\boxed{1} or \boxed{2}"), boxed(r"\boxed{1}, no: \boxed{2")
+    (('1, 2', False), ('1', True))
     """
     stack, found, hanging = [], [], -1
     first = re.search(r"\\(?:boxed|fbox)", text)
@@ -117,7 +119,6 @@ def boxed(text: str) -> tuple[str | None, bool]:
 def extract(response: str, finished: bool | None = None) -> tuple[str | None, str]:
     """(answer, "") or (None, reason). finished=False (stopped by the token limit) takes only a complete box; None
     judges from the text: an answer without a box must then stand at the very end.
-
     >>> extract("We get 70 + 3, so it is **73**."), extract("First we find 70 and then", finished=False)
     (('73', ''), (None, 'truncated'))
     """
@@ -177,7 +178,10 @@ PROSE = set("is are the if or but maybe probably answer than to so because then 
 
 
 def unit(word: str) -> tuple[str, Fraction]:
-    """(dimension, size) of a unit word or its plural; a label is a dimension of its own."""
+    """(dimension, size) of a unit word or its plural; a label is a dimension of its own.
+    >>> unit("cm"), unit("Apples")
+    (('L', Fraction(1, 100)), ('label apple', Fraction(1, 1)))
+    """
     label = "label " + word.lower().removesuffix("s"), Fraction(1)
     return UNITS.get(word) or UNITS.get(word.lower()) or label
 
@@ -195,7 +199,10 @@ THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\
 
 
 def joined(text: str) -> str:
-    """1,234 and 1 234 as 1234, except inside brackets, where a comma separates: (100,200) is a pair."""
+    """1,234 and 1 234 as 1234, except inside brackets, where a comma separates: (100,200) is a pair.
+    >>> joined("1,234"), joined("1,2,3"), joined("(100,200)")
+    ('1234', '1,2,3', '(100,200)')
+    """
     if re.search(r"[(\[]|\\\{|\\langle", text):
         return text
     return THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
@@ -209,13 +216,19 @@ def said(m: re.Match) -> str:
 
 
 def rows(m: re.Match) -> str:
-    r"""A matrix as the tuple of its rows; a column is the tuple of its cells."""
+    r"""A matrix as the tuple of its rows; a column is the tuple of its cells.
+    >>> clean(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")
+    '\\langle \\langle 1 , 2 \\rangle,\\langle 3 , 4 \\rangle \\rangle'
+    """
     lines = [line.replace("&", ",") for line in joined(m[1]).strip(" \\").split(r"\\")]
     return r"\langle " + ",".join(rf"\langle {x} \rangle" if "," in x else x for x in lines) + r" \rangle "
 
 
 def unit_behind(m: re.Match) -> str:
-    """Letters behind a number as its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
+    """Letters behind a number as its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products.
+    >>> clean("5 cm, 5xy, 12 apples")
+    '5 @cm, 5xy, 12 @apples'
+    """
     word, known = m[2], not unit(m[2])[0].startswith("label")
     short = word in ("mg", "ms") or not m[1].endswith(" ") and word in ("gm", "mW", "mV")
     is_unit = m[1][0] == "@" or known and not short or m[1].endswith(" ") and len(word) > 3 and word.islower()
@@ -272,7 +285,6 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
 @functools.lru_cache(maxsize=1024)
 def clean(text: str) -> str:
     r"""One spelling per construct, noise removed.
-
     >>> clean(r"$\left(\dfrac{1}{2},\; 90^{\circ}\right)$.")
     '(\\frac{1}{2}, 90@degree )'
     """
@@ -320,7 +332,10 @@ def exact(x) -> tuple:
 
 
 def number(text: str) -> tuple:
-    """A literal as (num, value, unit in the last place or None if exact, significant digits). 0.1~6 is 0.1666..."""
+    """A literal as (num, value, unit in the last place or None if exact, significant digits). 0.1~6 is 0.1666...
+    >>> number("12")[1:], number("0.50")[1:], number("0.1~6")[1]
+    ((Fraction(12, 1), None, 0), (Fraction(1, 2), Fraction(1, 100), 2), Fraction(1, 6))
+    """
     text, _, period = text.partition("~")
     whole, _, decimals = text.partition(".")
     ulp = Fraction(1, 10 ** len(decimals))
@@ -336,7 +351,10 @@ def signed(sign: str, node: tuple, position: int = 0) -> tuple:
 
 
 def chain(op: str, left: tuple, right: tuple, position: int) -> tuple:
-    """left op right. Lists, relations, sums and products take any number of parts: long ones are wide and not deep."""
+    """left op right. Lists, relations, sums and products take any number of parts: long ones are wide and not deep.
+    >>> chain("<", ("sym", "x"), ("sym", "y"), 0), chain("+", ("+", "a", "b"), "c", 0)
+    (('rel', ('<',), (('sym', 'x'), ('sym', 'y'))), ('+', 'a', 'b', 'c'))
+    """
     if op in (",", "or"):
         if left[:2] == ("rel", ("!=",)) and right[0] != "rel":    # x \ne 2, 3
             right = ("rel", ("!=",), (left[2][0], right))
@@ -508,7 +526,10 @@ class Parser:
 @functools.lru_cache(maxsize=64)
 def parse(text: str) -> tuple:
     """The tree of a cleaned text, remembered for the responses to one problem, which follow each other. Errors:
-    Unparsed when it is not in the grammar, Budget when over the limits."""
+    Unparsed when it is not in the grammar, Budget when over the limits.
+    >>> parse("(a, b]")
+    ('seq', '(', (('sym', 'a'), ('sym', 'b')), ']')
+    """
     if len(text) > MAX_CHARS:
         raise Budget(f"{len(text)} characters, at most {MAX_CHARS} are read")
     parser = Parser(text)
@@ -534,7 +555,10 @@ def walk(tree: tuple):
 
 
 def swap(node, change):
-    """The tree with change(node) in place of each node for which that is not None."""
+    """The tree with change(node) in place of each node for which that is not None.
+    >>> swap(parse("x + y"), {("sym", "x"): ("sym", "z")}.get)
+    ('+', ('sym', 'z'), ('sym', 'y'))
+    """
     if not isinstance(node, tuple):
         return node
     new = change(node) if node and isinstance(node[0], str) else None
@@ -542,7 +566,10 @@ def swap(node, change):
 
 
 def names(*trees: tuple) -> set[str]:
-    """The free symbols: everything that gets a sample value."""
+    r"""The free symbols: everything that gets a sample value.
+    >>> sorted(names(parse(r"x + \pi y_1")))
+    ['x', 'y_1']
+    """
     return {n[1] for t in trees for n in walk(t) if n[0] == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
 
 
@@ -684,7 +711,10 @@ def value(node: tuple, point):
 
 def measure(node: tuple) -> tuple | None:
     """(relative unit in the last place, whether measured) of -2.68, 5.0 cm or 4.5 \\times 10^{33}, where one literal
-    carries the precision; None for anything else. 0.5 and 27.0 are written exactly as often as they are measured."""
+    carries the precision; None for anything else. 0.5 and 27.0 are written exactly as often as they are measured.
+    >>> [bool(measure(parse(text))[1]) for text in ("2.68", "0.5", "4.5 * 10^3")]
+    [True, False, True]
+    """
     parts = list(walk(node))
     inexact = [n for n in parts if n[0] == "num" and n[2] is not None]
     if len(inexact) != 1 or not inexact[0][1] or any(n[0] not in ("num", "word", "*", "/", "^") for n in parts):
@@ -695,7 +725,10 @@ def measure(node: tuple) -> tuple | None:
 
 
 def close(x, y, gold: tuple, answer: tuple) -> bool:
-    """Whether the values x of gold and y of answer agree under the precision rule of the module docstring."""
+    """Whether the values x of gold and y of answer agree under the precision rule of the module docstring.
+    >>> compare("2.68", "2.683"), compare("1/3", "0.33"), compare("1/3", "0.333333")
+    (True, False, True)
+    """
     m = real()
     if m.isinf(x) or m.isinf(y):    # no large number is infinite enough
         return x == y
@@ -744,7 +777,10 @@ def agree(gold: tuple, answer: tuple) -> bool:
 def equal(gold: tuple, answer: tuple) -> bool:
     """Equality by value. A unit that only one side writes is ignored: cm after a gold without cm. Percent and degree
     have plain sizes, so there the other side may also have converted: 28% and 0.28. If both sides have units they
-    must agree in dimension and size, which the sample value of each dimension sees to."""
+    must agree in dimension and size, which the sample value of each dimension sees to.
+    >>> compare("5@cm", "50@mm"), compare("5@cm", "5"), compare("5@cm", "5@kg")
+    (True, True, False)
+    """
     # Letters of the answer are units in 5 m, 9.8 m/s^2 where the gold has no letters.
     head = answer
     while head[0] in ("*", "/"):
@@ -761,7 +797,10 @@ def equal(gold: tuple, answer: tuple) -> bool:
 
 def proportional(f: tuple, g: tuple) -> bool:
     """Whether the equations f = 0 and g = 0 are the same: f = c g with one constant c, if need be after multiplying
-    by their denominators, as for y = 1/x and xy = 1."""
+    by their denominators, as for y = 1/x and xy = 1.
+    >>> compare("2x = y", "3y - 6x = 0"), compare("2x = y", "x = 2y")
+    (True, False)
+    """
     below = [("*", exact(1), *(n[2] for n in walk(t) if n[0] == "/" and names(n[2]))) for t in (f, g)]
     rows = list(values([f, g, *below], 6))
     if len(rows) < 2 or not names(f) == names(g) != set() or not all(v for row in rows for v in row):
@@ -842,7 +881,10 @@ def inside(node: tuple, x) -> bool:
 
 
 def same_set(gold: tuple, answer: tuple) -> bool:
-    """Whether two sets of reals, in at most one unknown each, have the same elements at every point of their grid."""
+    """Whether two sets of reals, in at most one unknown each, have the same elements at every point of their grid.
+    >>> compare("(-2, 2)", "x^2 < 4"), compare("(-2, 2)", "x^2 <= 4")
+    (True, False)
+    """
     try:
         unknown = [{n[1] for n in walk(t) if n[0] == "call" and n[1][0] == "?"} or names(t) for t in (gold, answer)]
         free = [u for u, t in zip(unknown, (gold, answer)) if t[0] != "such"]    # {x | x > 0} is {y | y > 0}
@@ -863,7 +905,10 @@ def named(node: tuple) -> bool:
 
 
 def unnamed(node: tuple) -> tuple:
-    r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction."""
+    r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction.
+    >>> unnamed(parse("x = y + 1 = z")), unnamed(parse("a:b"))[0]
+    (('sym', 'z'), '/')
+    """
     # A chain of equalities claims its last side. Of two sides the left one must be a name, so that 5 = 5 is no 5.
     while node[0] == "rel" and (node[1] == ("∈",) or "=" in node[1] and set(node[1]) <= set("=:") and (
             named(node[2][0]) or len(node[1]) > 1 or not names(node[2][0]) and node[2][0][0] != "num")):
@@ -880,7 +925,10 @@ def contradicts(node: tuple) -> bool:
 
 
 def variants(node: tuple) -> list[tuple]:
-    """A tree with ± as its readings: both signs of each, coupled when a ∓ shows that they belong together."""
+    r"""A tree with ± as its readings: both signs of each, coupled when a ∓ shows that they belong together.
+    >>> len(variants(parse(r"1 \pm 2 \pm 3"))), len(variants(parse(r"1 \pm 2 \mp 3")))
+    (4, 2)
+    """
     signs = [n for n in walk(node) if n[0] == "pm"]
     if len(signs) > 4:
         raise Budget(r"more than 4 signs \pm")
@@ -899,7 +947,10 @@ BAGS = ("", r"\{\}")    # the collections without an order
 
 
 def collection(node: tuple) -> tuple[str | None, list[tuple]]:
-    r"""(brackets, members): "" for a bare list or what ± stands for, "\{\}", "()", "[)" ...; None for a single one."""
+    r"""(brackets, members): "" for a bare list or what ± stands for, "\{\}", "()", "[)" ...; None for a single one.
+    >>> collection(parse("x, y")), collection(parse("(x, y]"))[0]
+    (('', [('sym', 'x'), ('sym', 'y')]), '(]')
+    """
     inner = unnamed(node)
     if inner[0] == "seq" and inner[1] in ("", "or", "{", r"\{"):
         # "pi/4 + k pi, k in Z" is one answer, but Z restricts an inequality
@@ -913,7 +964,10 @@ def collection(node: tuple) -> tuple[str | None, list[tuple]]:
 
 
 def same(gold: tuple, answer: tuple) -> bool:
-    """Whether two trees are the same answer: collections member by member, everything else by value."""
+    """Whether two trees are the same answer: collections member by member, everything else by value.
+    >>> compare("1, 2", "2, 1"), compare("1, 2", "1"), compare("(1, 2)", "(2, 1)")
+    (True, False, False)
+    """
     spend(1)
     x, y = unnamed(gold), unnamed(answer)
     if (is_set(x) or is_set(y)) and same_set(x, y):
@@ -949,7 +1003,10 @@ def same(gold: tuple, answer: tuple) -> bool:
 
 
 def same_chain(gold: tuple, answer: tuple) -> bool:
-    """Equations up to a factor, ratios up to a factor, and chains of relations side by side in either direction."""
+    """Equations up to a factor, ratios up to a factor, and chains of relations side by side in either direction.
+    >>> compare("1:2:3", "2:4:6"), compare("f(1) < f(2)", "f(2) > f(1)")
+    (True, True)
+    """
     (_, ops, g), (_, other, a) = gold, answer
     if set(ops + other) == {"="}:
         if g[0][:2] == a[0][:2] and {n[0] for n in g[0][2:] + a[0][2:]} == {"sym"} and not names(*g[0][2:]) & names(*a):
@@ -967,7 +1024,10 @@ def same_chain(gold: tuple, answer: tuple) -> bool:
 
 
 def renamed(gold: tuple, answer: tuple) -> tuple:
-    """The answer with its arbitrary constants named as in the gold: n for k in Z, K for C where there is also an x."""
+    r"""The answer with its arbitrary constants named as in the gold: n for k in Z, K for C where there is also an x.
+    >>> compare(r"k \pi, k \in \Z", r"n \pi, n \in \Z"), compare("2k", "2n")
+    (True, False)
+    """
     mine, theirs = names(gold), names(answer)
     integers = {n[2][0] for t in (gold, answer) for n in walk(t) if restricts(n)} if mine != theirs else ()
 
@@ -997,7 +1057,10 @@ def gold_text(gold: str) -> str:
 def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     r"""The readings of two cleaned texts, of which one must agree. A comma separates thousands or list items or is
     the decimal comma of an answer (of a gold only behind a 0); "(C) 12" is a choice with its text; \log without a
-    base is natural or decimal, the same on both sides."""
+    base is natural or decimal, the same on both sides.
+    >>> readings("1,234", "1234")
+    [('1234', '1234'), ('1,234', '1234')]
+    """
     pairs = [(joined(gold), joined(answer)), (gold, answer)]
     if m := CHOICE.fullmatch(answer):
         choice = re.fullmatch(r"\(?[A-J]\)?", gold)
@@ -1019,7 +1082,10 @@ def compare(gold: str, answer: str) -> bool:
 
 
 def decide(gold: str, answer: str) -> str:
-    """The reason of the verdict on an extracted answer."""
+    """The reason of the verdict on an extracted answer.
+    >>> decide("1/2", "0.5"), decide("1/2", "0.4"), decide("1/2", "1/0")
+    ('correct', 'wrong', 'wrong')
+    """
     g = gold_text(gold)
     if max(len(answer), len(g)) > MAX_CHARS:
         return "correct" if answer.strip() == gold.strip() else "budget"
@@ -1060,14 +1126,13 @@ def verify(response: str, *, gold: str, finished: bool | None = None) -> Verdict
 
 def gold_problem(gold: str) -> str | None:
     r"""None when the gold answer is understood, otherwise one line saying why not.
-
     >>> gold_problem(r"\frac{1}{2}"), gold_problem("(1, 2")
     (None, 'expected ) ] but found the end')
     """
     try:
         text = joined(gold_text(gold))
         return None if compare(text, text) else "it has no value that could be compared"
-    except (Unparsed, Budget) as why:
+    except (Unparsed, Budget, RecursionError) as why:
         return str(why)
 
 
@@ -1076,7 +1141,6 @@ def gold_problem(gold: str) -> str | None:
 
 def reasons(verdicts: list[Verdict]) -> dict[str, int]:
     """How many verdicts have each reason.
-
     >>> reasons([Verdict(True, "correct", "1"), Verdict(False, "wrong", "2"), Verdict(True, "correct", "3")])
     {'correct': 2, 'wrong': 1}
     """
