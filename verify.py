@@ -168,12 +168,12 @@ UNITS = UNITS | {prefix + name: (dim, size * Fraction(f"1e{n}")) for n, prefixes
     if (dim and size == 1 or dim == "L^3") and prefix + name not in UNITS}
 UNITS = {name + "s": entry for name, entry in UNITS.items()} | UNITS
 FUNC = "|".join((
-    "arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs frac binom "
-    "sum prod floor ceil").split())
+    "arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc log ln lg exp sqrt abs frac "
+    "binom sum prod floor ceil").split())
 NAMED = "|".join((
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
-    "Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset varnothing R Z N Q C ldots dots "
-    "cdots max min").split())
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+    "omega Gamma Delta Theta Lambda Pi Sigma Phi Psi Omega hbar ell odot mho pi infty emptyset varnothing R Z N Q C "
+    "ldots dots cdots max min").split())
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
 
 
@@ -279,7 +279,8 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"(?<![\\@a-zA-Z])and(?![a-zA-Z])", " , "), (r"(?<![\\@a-zA-Z])or(?![a-zA-Z])", r" \\or "),
     (r"(?<![\\@a-zA-Z])([A-Z]{3,})(?![a-zA-Z_])", r"@\1"),    # LQSX: its letters must not commute
     (rf"(?:^|(?<=[,(={{])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:{FUNC}|infinity|inf)\b)"
-     r"(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))|[a-zA-Z]{2,}(?: +[a-zA-Z]+)+)", lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])))]    # Monday, x = even
+     r"(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))|[a-zA-Z]{2,}(?: +[a-zA-Z]+)+)",    # Monday, x = even
+     lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])))]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -306,14 +307,14 @@ def clean(text: str) -> str:
 SPELLED = {spelling: row.split()[0] for row in (
     r"= == := \equiv; < \lt; <= \le \leq \leqslant; > \gt; >= \ge \geq \geqslant; != \ne \neq; ∈ \in; ~ \approx; "
     r"∪ \cup; ∩ \cap; ∖ \setminus \backslash; ± \pm; ∓ \mp; * \cdot \times \ast; / \div; "
-    r"| \lvert \rvert \mid \vert \|; [ \lbrack; ] \rbrack; , \, and \land; or \or \lor; infty infinity inf oo; emptyset varnothing; ldots dots cdots"
-    ).split("; ") for spelling in row.split()} | {";": ","}
+    r"| \lvert \rvert \mid \vert \|; [ \lbrack; ] \rbrack; , \, and \land; or \or \lor; infty infinity inf oo; "
+    r"emptyset varnothing; ldots dots cdots").split("; ") for spelling in row.split()} | {";": ","}
 LEVELS = {op: level for level, row in enumerate((
     ", or", "= < <= > >= != ∈ ~ :", "∪ ∩ ∖", "+ - ± ∓", "* /")) for op in row.split()}
 PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|"}    # (0, 1] is an interval
 # A name takes its subscript and primes along. Letters that usually name functions are called before a bracket with a
 # single number or letter, f always is: x(3), f(t + 1) and \theta(t) are calls; n(n-1) and a(b) are products.
-SUFFIX = r"(?:_\{[^{}]*\}|_[^\W_]|')"
+SUFFIX = r"(?:\ ?_\ ?(?:\{[^{}]*\}|[^\W_])|')"
 TOKEN = re.compile(rf"""\s*(?:
     (?P<num>(?:\d+\.?\d*|\.\d+)(?:~\d+)?)
   | @(?P<word>[^\W\d_]+)
@@ -596,6 +597,10 @@ def spend(cost: int) -> None:
         raise Budget(f"more work than {MAX_WORK}")
 
 
+# A value is a Fraction as long as it can be, so that 10^{100} + 1 is not 10^{100}, and an mpmath number from the first
+# root, pi or sample value on.
+
+
 def bounded(x):
     """A fraction as it is while that is cheap, any other value in the precision of the context."""
     small = isinstance(x, Fraction) and max(abs(x.numerator), x.denominator).bit_length() <= MAX_BITS
@@ -681,7 +686,9 @@ def value(node: tuple, point):
         base, _, exponent = dim.partition("^")
         scale = sample("unit " + base, point) ** int(exponent or 1) if dim else 1
         return size * scale if size else m.pi / 180    # the degree
-    if kind == "seq" and node[1] == "(":    # in multiples and sums of vectors a cell is the coefficient of an unknown
+    # In sums and multiples of vectors each cell is the coefficient of an unknown, one set of unknowns for the rows of
+    # a matrix and one for its columns, so that a transposed matrix differs.
+    if kind == "seq" and node[1] + node[3] == "()" and ("sym", "infty") not in walk(node):
         level = node[2][0][0] == "seq"
         return value(("+", *(("*", cell, ("sym", f"cell {level} {i}")) for i, cell in enumerate(node[2]))), point)
     try:
@@ -813,6 +820,8 @@ def proportional(f: tuple, g: tuple) -> bool:
 
 # ------------------------------------------------------------------ comparison of sets of reals
 
+# Two sets are the same if the same sample numbers belong to both. No inequality needs to be solved for that: whatever
+# end one side writes down is among the samples, with neighbours so close that any other end shows.
 CHECKS = {"<": lambda d: d < 0, "<=": lambda d: d <= 0, ">": lambda d: d > 0, ">=": lambda d: d >= 0,
           "!=": lambda d: d != 0}
 
@@ -868,7 +877,7 @@ def inside(node: tuple, x) -> bool:
         # a comma between inequalities is "and", but "x < 1, x > 3" cannot mean both at once
         either = node[1] == "or" or not any(all(inside(n, p) for n in node[2]) for p in grid(node))
         return (any if either else all)([inside(n, x) for n in node[2]])
-    if kind == "seq" and node[1] and not names(node):
+    if kind == "seq" and node[1] in ("(", "[", r"\{") and not names(node):
         steps = [add(x, -value(end, 0)) for end in node[2]]
         if node[1] == r"\{":
             return not all(steps)
@@ -896,6 +905,10 @@ def same_set(gold: tuple, answer: tuple) -> bool:
 
 
 # ------------------------------------------------------------------ comparison of answers
+
+
+# `same` decides by shape: a set of reals by its members, a list or set by pairing, a pair or matrix cell by cell, an
+# equation or inequality by its sides, a word by its letters, and everything else by `equal`.
 
 
 def named(node: tuple) -> bool:
@@ -1009,8 +1022,9 @@ def same_chain(gold: tuple, answer: tuple) -> bool:
     """
     (_, ops, g), (_, other, a) = gold, answer
     if set(ops + other) == {"="}:
-        if g[0][:2] == a[0][:2] and {n[0] for n in g[0][2:] + a[0][2:]} == {"sym"} and not names(*g[0][2:]) & names(*a):
-            a = swap(a, dict(zip(a[0][2:], g[0][2:])).get)    # f(n) = n is f(x) = x
+        x, y = g[0][2:], a[0][2:]    # the arguments in f(x) = x and f(n) = n
+        if g[0][0] == "call" and g[0][:2] == a[0][:2] and {n[0] for n in x + y} == {"sym"}:
+            a = a if names(*x) & names(*a) else swap(a, dict(zip(y, x)).get)
         y_for_f = {g[0][0], a[0][0]} == {"call", "sym"} and "y" in (g[0][1], a[0][1])
         if named(g[0]) and named(a[0]) and (g[0] == a[0] or y_for_f):
             return same(g[-1], a[-1])
