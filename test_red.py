@@ -345,7 +345,7 @@ VERIFY_CASES = {
         5x - 7y + 11z + 4 = 0 ;; -10x + 14y - 22z = 8 ;; yes
         5x - 7y + 11z + 4 = 0 ;; 5x - 7y + 11z = 4 ;; no
         5x - 7y + 11z + 4 = 0 ;; 0 ;; no
-        x' + \frac{r}{V} x - rc = 0 ;; 2 = 11 ;; no
+        5 = 2x ;; 5.0 = 2x ;; yes
         3x-y+13=0 ;; 3x+4y+14=0 ;; no
         x^2/4+y^2/3=1 ;; 3x^2+4y^2=12 ;; yes
         x^2+y^2=13 ;; x^2+y^2=31 ;; no
@@ -480,6 +480,7 @@ VERIFY_CASES = {
         (2-\sqrt{3}, 2+\sqrt{3}) ;; x^2 - 4x + 1 < 0 ;; yes
         (0.27, 3.73) ;; x^2 - 4x + 1 < 0 ;; no
         \emptyset ;; x < \foo ;; no
+        [-2,2] ;; x^2 \le 4.0001 ;; no
         (5,\infty) ;; 2(5,\infty) ;; no
         x > 2 ;; 1 \text{ or } 2 ;; no""",
     "arbitrary constants": r"""
