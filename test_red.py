@@ -1120,8 +1120,8 @@ def test_head_equals_full_logits(temperature, chunk):
 
 def test_head_survives_large_logits():
     """Without the running maximum, exp overflows at logits of a few hundred."""
-    hidden, weight = torch.eye(2) * 500, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([0, 0]), chunk=1)
+    hidden, weight = torch.eye(2) * 500, torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([40, 40]), chunk=1)  # the largest: second slice
     close(logp, torch.tensor([0.0, -500.0]), 1e-4)
     close(entropy, torch.zeros(2), 1e-4)
 
