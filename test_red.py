@@ -3129,6 +3129,127 @@ def test_vllm_one_engine_per_rank(tmp_path):
     assert result.returncode == 0 and result.stdout.count("done") == 2, result.stdout[-500:] + result.stderr[-3000:]
 
 
+# ==============================================================================================================
+# other people's trainers
+# ==============================================================================================================
+
+def readme_code(word):
+    """The README's Python block with this word in it, as a reader would copy it."""
+    block, = (b for b in re.findall(r"(?s)```python\n(.*?)```", (HERE / "README.md").read_text()) if word in b)
+    return compile(block, f"README.md: {word}", "exec")
+
+
+PEER_CHARACTERS = "0123456789+-x="
+
+
+def peer_parts(prompts, seed=0):
+    """A tiny Qwen2 of 2 layers and width 96, its tokenizer of single characters, and chains like 5-2x4+7=."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    names = ["<pad>", "<eos>", "<unk>", *PEER_CHARACTERS]
+    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(names), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    rng = random.Random(seed)
+    chains = ["".join(f"{rng.randrange(10)}{rng.choice('+-x')}" for _ in range(rng.randint(2, 5))) + f"{rng.randrange(10)}=" for _ in range(prompts)]
+    return model, tokenizer, chains
+
+
+def peer_reward(ids):
+    """1 for half of the responses whatever the policy does: nothing is learned, most groups have a signal."""
+    return float(sum(ids) % 2)
+
+
+def trl_trainer(kind, parts, folder, **settings):
+    """A GRPOTrainer on the CPU with the settings that make it comparable: no KL, no top-k, float32, nothing logged."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+    model, tokenizer, chains = parts
+    config = GRPOConfig(output_dir=str(folder), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True, bf16=False,
+                        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
+                        report_to="none", disable_tqdm=True, dataloader_num_workers=0, **settings)
+    reward = lambda completion_ids, **_: [peer_reward(ids) for ids in completion_ids]
+    return kind(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": chains}), processing_class=tokenizer)
+
+
+def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypatch):
+    """Two generations of two updates of two micro-batches: each loss and gradient against rapid.accumulate on the unpadded rows."""
+    pytest.importorskip("trl", reason="trl is not installed (pip install trl): the README's RapidTrainer was not run")
+    from trl.trainer import grpo_trainer
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)      # put back afterwards
+    names, seen = {}, []
+    exec(readme_code("GRPOTrainer"), names)
+    parts = peer_parts(32)
+    twin = copy.deepcopy(parts[0])                       # before TRL replaces the forward of its own
+
+    class Watched(names["RapidTrainer"]):
+        def _generate(self, *args):
+            out = super()._generate(*args)
+            self.lbar = sum(map(len, out[1])) / len(out[1])            # Lbar of Eq. (4): all responses of the phase
+            return out
+
+        def _compute_loss(self, model, batch):
+            loss = super()._compute_loss(model, batch)
+            twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
+            real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
+            rollouts = [Rollout(real("prompt", i), y := real("completion", i), batch["old_per_token_logps"][i, :len(y)].tolist(), peer_reward(y))
+                        for i in range(len(batch["prompt_ids"]))]
+            twin.zero_grad()
+            metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
+            got = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+            want = torch.cat([p.grad.flatten() for p in twin.parameters()])
+            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()), abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
+            return loss
+
+    trainer = trl_trainer(Watched, parts, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, steps_per_generation=4,
+                          max_steps=4, max_completion_length=11, learning_rate=3e-3)
+    trainer.train()
+    assert len(seen) == 8
+    for update, (metrics, gradient_error, loss_error, ess) in enumerate(seen):
+        assert gradient_error < 1e-4 and loss_error < 1e-5, (update, gradient_error, loss_error)
+        assert abs(ess - metrics["ess"]) < 1e-4 and metrics["zero_signal"] < 1
+    # the third and fourth micro-batch of a generation come after an update, so there the weights differ from 1
+    assert [m["max_abs_logw"] > 0.1 for m, *_ in seen] == [False, False, True, True] * 2
+
+
+def test_verl_policy_loss_of_the_readme_is_ours(monkeypatch):
+    """Called by keyword as verl 0.9.1 calls it: two ranks of two micro-batches add up to rapid_loss over all of it."""
+    try:
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    except ImportError:                                  # a stand-in of the same signature: name -> decorator
+        registry = {}
+        stand_in = types.ModuleType("verl.trainer.ppo.core_algos")
+        stand_in.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
+        for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+            monkeypatch.setitem(sys.modules, name, stand_in if name.endswith("algos") else types.ModuleType(name))
+        get_policy_loss_fn = registry.__getitem__
+    exec(readme_code("register_policy_loss"), {})
+    loss_fn, generator = get_policy_loss_fn("rapid"), torch.Generator().manual_seed(0)
+    mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
+    logp = (mu + 0.3 * step).requires_grad_()
+    mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
+    gap = (0.1 * gap).exp()                                                                             # [N, T] sampler's weights
+    adv, _ = rapid.group_advantages(torch.randint(2, (16,), generator=generator).double(), torch.ones(16).double(), 4, norm="none")
+    weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
+    assert (weights == 2).any() and (weights < 2).any()
+    info = dict(dp_size=2, batch_num_tokens=int(mask.sum()), global_batch_size=16, loss_scale_factor=None)
+    for correction in (None, gap):
+        losses = [loss_fn(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part], response_mask=mask[part],
+                          loss_agg_mode="token-mean", config=SimpleNamespace(global_batch_info=info),
+                          rollout_is_weights=None if correction is None else correction[part])
+                  for part in (slice(0, 3), slice(3, 8), slice(8, 12), slice(12, 16))]
+        got = sum(loss for loss, _ in losses) / 2                                                       # the mean over two ranks
+        extra = 1 if correction is None else correction
+        want = rapid.rapid_loss(logp, mask, weights[:, None] * extra * torch.ones_like(mu), adv, denominator=int(mask.sum()))
+        close(got.detach(), want.detach(), 1e-12)
+        close(*(torch.autograd.grad(x, logp)[0] for x in (got, want)), 1e-12)
+        assert all(0 < metrics["actor/ess"] < 1 for _, metrics in losses)
+
+
 def pytest_addoption(parser):
     """`python test_red.py --runslow`: a test file has no options of its own under plain pytest, so it starts pytest itself."""
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
