@@ -1,14 +1,18 @@
 """Sanity checks of everything: `pytest test_red.py`, about three minutes on two cores (`python test_red.py --runslow`: also the long ones).
+`python test_red.py --peers` measures the same work done by TRL and Liger.
 
 verify.py: labelled answers, hostile inputs. rapid.py: enumeration, invariances. data.py: schemas, errors, mutated rows.
 red.py: Eq. (6) to (12) by hand and against a slow reference, sampler, resume, faults, ranks, whole runs. README: its numbers.
 Tests on the public benchmark files look for them in the folder RED_DATA, or in a folder `data` beside the checkout, and
 are skipped, saying so, where there is none.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
 import gc
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -17,10 +21,12 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -3198,6 +3204,7 @@ def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypat
             real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
             rollouts = [Rollout(real("prompt", i), y := real("completion", i), batch["old_per_token_logps"][i, :len(y)].tolist(), peer_reward(y))
                         for i in range(len(batch["prompt_ids"]))]
+            assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
             twin.zero_grad()
             metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
             got = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
@@ -3250,10 +3257,130 @@ def test_verl_policy_loss_of_the_readme_is_ours(monkeypatch):
         assert all(0 < metrics["actor/ess"] < 1 for _, metrics in losses)
 
 
+# ---- `python test_red.py --peers`: the same work done by TRL and Liger -------------------------------------------------
+
+PEER_HEADS = ("rapid.py", "TRL, full logits", "TRL, chunked head", "Liger", "full logits")
+
+
+def peer_head(way, tokens, width, vocab):
+    """Forward + backward of one head in this process, on one thread -> CPU seconds, extra peak GiB above weights and inputs."""
+    torch.set_num_threads(1)
+    length = 512                                         # of the sequences that TRL and Liger take the tokens in
+    weight = torch.empty(vocab, width, dtype=torch.bfloat16).normal_(0, 0.02).requires_grad_()           # [V, D]
+    hidden = torch.empty(tokens, width, dtype=torch.bfloat16).normal_().requires_grad_()                 # [M, D]
+    targets = torch.randint(vocab, (tokens,))                                                            # [M]
+    if way == "full logits":
+        run = lambda h, w, t: (h @ w.T).float().log_softmax(1).gather(1, t[:, None]).sum()
+    elif way == "rapid.py":
+        run = lambda h, w, t: rapid.logps_and_entropy(h, w, t)[0].sum()
+    elif way == "TRL, full logits":
+        from trl.trainer.utils import selective_log_softmax_and_entropy as trl_logps
+        run = lambda h, w, t: trl_logps((h @ w.T).view(-1, length, len(w)), t.view(-1, length), entropy_requires_grad=False)[0].sum()
+    elif way == "TRL, chunked head":
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
+        run = lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, size, None, 1.0, ("entropy",))[0].sum()
+    else:
+        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+        run = lambda h, w, t: loss(h.view(-1, length, h.shape[1]), w, t.view(-1, length), torch.ones(len(h) // length, length, dtype=torch.long),
+                                   torch.ones(len(h) // length))[0]
+    run(hidden[:length].detach().requires_grad_(), weight[:64].detach().requires_grad_(), targets[:length] % 64).backward()  # loads libraries
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    run(hidden, weight, targets).backward()
+    return time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+
+
+def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=11):
+    """Updates of 32 prompts x 4 on one thread -> samples per CPU second (the first phases left out), tokens per response,
+    share of groups without a signal. Everything between two updates counts: sampling, reward, loss, optimizer."""
+    torch.set_num_threads(1)
+    warm = max(2, updates_per_phase)
+    marks, lengths, rewards = [], [], []
+    parts = model, tokenizer, chains = peer_parts(prompts * (warm + updates + 2 * updates_per_phase))
+    if side == "TRL":
+        from transformers import PrinterCallback, TrainerCallback
+        from trl import GRPOTrainer
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                marks.append(time.process_time())
+
+        class Counted(GRPOTrainer):
+            def _calculate_rewards(self, inputs, prompts, completions, ids):
+                scores = super()._calculate_rewards(inputs, prompts, completions, ids)
+                lengths.extend(map(len, ids))
+                rewards.extend(scores[:, 0].tolist())
+                return scores
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trl_trainer(Counted, parts, folder, per_device_train_batch_size=4 * prompts, steps_per_generation=updates_per_phase,
+                                  max_steps=warm + updates + 1, max_completion_length=max_new_tokens, learning_rate=1e-4)
+            trainer.add_callback(Clock())
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+    else:
+        engine = red.HFEngine(red.Config(sample_rows=1024), model, SimpleNamespace(stops={tokenizer.eos_token_id}))
+        optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-4), [tokenizer(chain)["input_ids"] for chain in chains]
+        for first in range(0, warm + updates + 1, updates_per_phase):
+            for h in range(updates_per_phase):
+                marks.append(time.process_time())
+                if h == 0:
+                    batch = ids[prompts * first:prompts * (first + updates_per_phase)]
+                    groups = engine.generate(batch, n=4, temperature=1.0, max_new_tokens=max_new_tokens,
+                                             seeds=[4 * (prompts * first + i) for i in range(len(batch))])
+                    rollouts = [Rollout(p, s.ids, s.logps, peer_reward(s.ids), not s.finished) for p, group in zip(batch, groups) for s in group]
+                    lengths.extend(len(r.response) for r in rollouts)
+                    rewards.extend(r.reward for r in rollouts)
+                    mean_length = sum(len(r.response) for r in rollouts) / len(rollouts)
+                model.train()
+                rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4, denominator=4 * prompts * mean_length)
+    silent = np.mean([len(set(rewards[k:k + 4])) == 1 for k in range(0, len(rewards), 4)])
+    return 4 * prompts * updates / (marks[warm + updates] - marks[warm]), sum(lengths) / len(lengths), silent
+
+
+def in_fresh_process(function, *args):
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(function, args)
+
+
+def peers(argv):
+    """Two Markdown tables next to TRL and Liger: whole updates, and the head."""
+    parser = argparse.ArgumentParser(prog="python test_red.py --peers")
+    parser.add_argument("--head", nargs=3, type=int, default=(2048, 512, 32768), metavar=("TOKENS", "WIDTH", "VOCAB"))
+    parser.add_argument("--runs", type=int, default=3, help="runs of each row of the first table; 0: leave it out")
+    args = parser.parse_args(argv)
+    missing = [name for name in ("trl", "liger-kernel") if not importlib.util.find_spec(name.replace("-", "_"))]
+    if missing:
+        sys.exit(f"--peers: {' and '.join(missing)} not installed; pip install trl liger-kernel")
+    if args.head[0] % 512:
+        parser.error(f"--head: {args.head[0]} tokens; a multiple of 512 is needed, the length of the sequences that TRL and Liger get")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "liger-kernel", "torch", "transformers"))
+    print(f"{versions}; one thread", flush=True)
+    sides, seen = [("TRL", 1), ("TRL", 8), ("red.py", 1), ("red.py", 8)], {}
+    for side in sides * args.runs:                       # interleaved, so that a busy machine slows all of them
+        seen.setdefault(side, []).append(in_fresh_process(peer_speed, *side))
+    if seen:
+        print("\nUpdates of 32 prompts x 4 responses, Qwen2 of 2 layers and width 96, no KL, float32\n\n"
+              "| | updates per sampling | samples per CPU s | range | times TRL | tokens per response | groups without signal |\n" + "|---" * 7 + "|")
+    for (side, h), rows in seen.items():
+        speed, length, silent = np.median(rows, axis=0)
+        ratio = speed / np.median([row[0] for row in seen["TRL", h]])
+        low, high = min(row[0] for row in rows), max(row[0] for row in rows)
+        print(f"| {side} | {h} | {speed:.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} | {length:.1f} | {silent:.2f} |", flush=True)
+    print("\nHead, forward + backward, bfloat16: {} tokens, width {}, vocabulary {}\n".format(*args.head))
+    print("| | CPU s | extra GiB |\n|---|---|---|", flush=True)
+    for way in PEER_HEADS:
+        seconds, extra = in_fresh_process(peer_head, way, *args.head)
+        print(f"| {way} | {seconds:.2f} | {extra:.3f} |", flush=True)
+
+
 def pytest_addoption(parser):
     """`python test_red.py --runslow`: a test file has no options of its own under plain pytest, so it starts pytest itself."""
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
 
 
 if __name__ == "__main__":
+    if "--peers" in sys.argv:
+        sys.exit(peers([word for word in sys.argv[1:] if word != "--peers"]))
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
