@@ -1127,7 +1127,7 @@ def test_head_equals_full_logits(temperature, chunk):
 def test_head_survives_large_logits():
     """Without the running maximum, exp overflows at logits of a few hundred."""
     hidden, weight = torch.eye(2) * 500, torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([40, 40]), chunk=1)  # the largest: second slice
+    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([40, 40]), chunk=1)  # both in the second slice
     close(logp, torch.tensor([0.0, -500.0]), 1e-4)
     close(entropy, torch.zeros(2), 1e-4)
 
@@ -3158,10 +3158,12 @@ def peer_parts(prompts, seed=0):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(names), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+        vocab_size=len(names), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None))
     rng = random.Random(seed)
-    chains = ["".join(f"{rng.randrange(10)}{rng.choice('+-x')}" for _ in range(rng.randint(2, 5))) + f"{rng.randrange(10)}=" for _ in range(prompts)]
+    step = lambda: f"{rng.randrange(10)}{rng.choice('+-x')}"
+    chains = ["".join(step() for _ in range(rng.randint(2, 5))) + f"{rng.randrange(10)}=" for _ in range(prompts)]
     return model, tokenizer, chains
 
 
@@ -3175,18 +3177,21 @@ def trl_trainer(kind, parts, folder, **settings):
     from datasets import Dataset
     from trl import GRPOConfig
     model, tokenizer, chains = parts
-    config = GRPOConfig(output_dir=str(folder), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True, bf16=False,
-                        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
-                        report_to="none", disable_tqdm=True, dataloader_num_workers=0, **settings)
+    config = GRPOConfig(
+        output_dir=str(folder), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, dataloader_num_workers=0, **settings)
     reward = lambda completion_ids, **_: [peer_reward(ids) for ids in completion_ids]
-    return kind(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": chains}), processing_class=tokenizer)
+    return kind(model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+                train_dataset=Dataset.from_dict({"prompt": chains}))
 
 
 def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypatch):
-    """Two generations of two updates of two micro-batches: each loss and gradient against rapid.accumulate on the unpadded rows."""
+    """Two generations of two updates of two micro-batches: loss and gradient as rapid.accumulate's without padding."""
     pytest.importorskip("trl", reason="trl is not installed (pip install trl): the README's RapidTrainer was not run")
     from trl.trainer import grpo_trainer
-    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)      # put back afterwards
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)  # put back later
     names, seen = {}, []
     exec(readme_code("GRPOTrainer"), names)
     parts = peer_parts(32)
@@ -3202,18 +3207,22 @@ def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypat
             loss = super()._compute_loss(model, batch)
             twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
             real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
-            rollouts = [Rollout(real("prompt", i), y := real("completion", i), batch["old_per_token_logps"][i, :len(y)].tolist(), peer_reward(y))
-                        for i in range(len(batch["prompt_ids"]))]
+            rollouts = []
+            for i, mu in enumerate(batch["old_per_token_logps"].tolist()):
+                response = real("completion", i)
+                rollouts.append(Rollout(real("prompt", i), response, mu[:len(response)], peer_reward(response)))
             assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
             twin.zero_grad()
             metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
-            got = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+            grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            got = torch.cat([g.flatten() for g in grads])
             want = torch.cat([p.grad.flatten() for p in twin.parameters()])
-            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()), abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
+            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()),
+                         abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
             return loss
 
-    trainer = trl_trainer(Watched, parts, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, steps_per_generation=4,
-                          max_steps=4, max_completion_length=11, learning_rate=3e-3)
+    trainer = trl_trainer(Watched, parts, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+                          steps_per_generation=4, max_steps=4, max_completion_length=11, learning_rate=3e-3)
     trainer.train()
     assert len(seen) == 8
     for update, (metrics, gradient_error, loss_error, ess) in enumerate(seen):
@@ -3239,31 +3248,33 @@ def test_verl_policy_loss_of_the_readme_is_ours(monkeypatch):
     mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
     logp = (mu + 0.3 * step).requires_grad_()
     mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
-    gap = (0.1 * gap).exp()                                                                             # [N, T] sampler's weights
-    adv, _ = rapid.group_advantages(torch.randint(2, (16,), generator=generator).double(), torch.ones(16).double(), 4, norm="none")
+    gap = (0.1 * gap).exp()                                                                             # [N, T]
+    rewards = torch.randint(2, (16,), generator=generator).double()                                     # [N]
+    adv, _ = rapid.group_advantages(rewards, torch.ones_like(rewards), 4, norm="none")                  # [N]
     weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
     assert (weights == 2).any() and (weights < 2).any()
     info = dict(dp_size=2, batch_num_tokens=int(mask.sum()), global_batch_size=16, loss_scale_factor=None)
     for correction in (None, gap):
-        losses = [loss_fn(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part], response_mask=mask[part],
-                          loss_agg_mode="token-mean", config=SimpleNamespace(global_batch_info=info),
+        config = SimpleNamespace(global_batch_info=info)
+        losses = [loss_fn(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part],
+                          response_mask=mask[part], loss_agg_mode="token-mean", config=config,
                           rollout_is_weights=None if correction is None else correction[part])
                   for part in (slice(0, 3), slice(3, 8), slice(8, 12), slice(12, 16))]
-        got = sum(loss for loss, _ in losses) / 2                                                       # the mean over two ranks
-        extra = 1 if correction is None else correction
-        want = rapid.rapid_loss(logp, mask, weights[:, None] * extra * torch.ones_like(mu), adv, denominator=int(mask.sum()))
+        got = sum(loss for loss, _ in losses) / 2  # mean of two ranks
+        wc = weights[:, None] * (torch.ones_like(mu) if correction is None else correction)             # [N, T]
+        want = rapid.rapid_loss(logp, mask, wc, adv, denominator=int(mask.sum()))
         close(got.detach(), want.detach(), 1e-12)
         close(*(torch.autograd.grad(x, logp)[0] for x in (got, want)), 1e-12)
         assert all(0 < metrics["actor/ess"] < 1 for _, metrics in losses)
 
 
-# ---- `python test_red.py --peers`: the same work done by TRL and Liger -------------------------------------------------
+# ---- `python test_red.py --peers`: the same work done by TRL and Liger -----------------------------------------------
 
 PEER_HEADS = ("rapid.py", "TRL, full logits", "TRL, chunked head", "Liger", "full logits")
 
 
 def peer_head(way, tokens, width, vocab):
-    """Forward + backward of one head in this process, on one thread -> CPU seconds, extra peak GiB above weights and inputs."""
+    """Forward + backward of one head, on one thread -> CPU seconds, extra peak GiB above weights and inputs."""
     torch.set_num_threads(1)
     length = 512                                         # of the sequences that TRL and Liger take the tokens in
     weight = torch.empty(vocab, width, dtype=torch.bfloat16).normal_(0, 0.02).requires_grad_()           # [V, D]
@@ -3275,7 +3286,8 @@ def peer_head(way, tokens, width, vocab):
         run = lambda h, w, t: rapid.logps_and_entropy(h, w, t)[0].sum()
     elif way == "TRL, full logits":
         from trl.trainer.utils import selective_log_softmax_and_entropy as trl_logps
-        run = lambda h, w, t: trl_logps((h @ w.T).view(-1, length, len(w)), t.view(-1, length), entropy_requires_grad=False)[0].sum()
+        run = lambda h, w, t: trl_logps((h @ w.T).view(-1, length, len(w)), t.view(-1, length),
+                                        entropy_requires_grad=False)[0].sum()
     elif way == "TRL, chunked head":
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
@@ -3283,16 +3295,17 @@ def peer_head(way, tokens, width, vocab):
     else:
         from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
         loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
-        run = lambda h, w, t: loss(h.view(-1, length, h.shape[1]), w, t.view(-1, length), torch.ones(len(h) // length, length, dtype=torch.long),
-                                   torch.ones(len(h) // length))[0]
-    run(hidden[:length].detach().requires_grad_(), weight[:64].detach().requires_grad_(), targets[:length] % 64).backward()  # loads libraries
+        run = lambda h, w, t: loss(h.view(-1, length, h.shape[1]), w, t.view(-1, length),
+                                   torch.ones_like(t).view(-1, length), torch.ones(len(h) // length))[0]
+    small = hidden[:length].detach().requires_grad_(), weight[:64].detach().requires_grad_()
+    run(*small, targets[:length] % 64).backward()        # loads the libraries
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     run(hidden, weight, targets).backward()
     return time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
 
 
 def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=11):
-    """Updates of 32 prompts x 4 on one thread -> samples per CPU second (the first phases left out), tokens per response,
+    """Updates of 32 prompts x 4 on one thread -> samples per CPU second (first phases left out), tokens per response,
     share of groups without a signal. Everything between two updates counts: sampling, reward, loss, optimizer."""
     torch.set_num_threads(1)
     warm = max(2, updates_per_phase)
@@ -3314,14 +3327,16 @@ def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=1
                 return scores
 
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trl_trainer(Counted, parts, folder, per_device_train_batch_size=4 * prompts, steps_per_generation=updates_per_phase,
-                                  max_steps=warm + updates + 1, max_completion_length=max_new_tokens, learning_rate=1e-4)
+            trainer = trl_trainer(Counted, parts, folder, per_device_train_batch_size=4 * prompts,
+                                  steps_per_generation=updates_per_phase, max_steps=warm + updates + 1,
+                                  max_completion_length=max_new_tokens, learning_rate=1e-4)
             trainer.add_callback(Clock())
             trainer.remove_callback(PrinterCallback)
             trainer.train()
     else:
         engine = red.HFEngine(red.Config(sample_rows=1024), model, SimpleNamespace(stops={tokenizer.eos_token_id}))
-        optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-4), [tokenizer(chain)["input_ids"] for chain in chains]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        ids = [tokenizer(chain)["input_ids"] for chain in chains]
         for first in range(0, warm + updates + 1, updates_per_phase):
             for h in range(updates_per_phase):
                 marks.append(time.process_time())
@@ -3329,12 +3344,14 @@ def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=1
                     batch = ids[prompts * first:prompts * (first + updates_per_phase)]
                     groups = engine.generate(batch, n=4, temperature=1.0, max_new_tokens=max_new_tokens,
                                              seeds=[4 * (prompts * first + i) for i in range(len(batch))])
-                    rollouts = [Rollout(p, s.ids, s.logps, peer_reward(s.ids), not s.finished) for p, group in zip(batch, groups) for s in group]
+                    rollouts = [Rollout(prompt, s.ids, s.logps, peer_reward(s.ids), not s.finished)
+                                for prompt, group in zip(batch, groups) for s in group]
                     lengths.extend(len(r.response) for r in rollouts)
                     rewards.extend(r.reward for r in rollouts)
                     mean_length = sum(len(r.response) for r in rollouts) / len(rollouts)
                 model.train()
-                rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4, denominator=4 * prompts * mean_length)
+                rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4,
+                             denominator=4 * prompts * mean_length)
     silent = np.mean([len(set(rewards[k:k + 4])) == 1 for k in range(0, len(rewards), 4)])
     return 4 * prompts * updates / (marks[warm + updates] - marks[warm]), sum(lengths) / len(lengths), silent
 
@@ -3354,20 +3371,24 @@ def peers(argv):
     if missing:
         sys.exit(f"--peers: {' and '.join(missing)} not installed; pip install trl liger-kernel")
     if args.head[0] % 512:
-        parser.error(f"--head: {args.head[0]} tokens; a multiple of 512 is needed, the length of the sequences that TRL and Liger get")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("trl", "liger-kernel", "torch", "transformers"))
+        parser.error(f"--head: found {args.head[0]} tokens, allowed is a multiple of 512, the peers' row length")
+    names = ("trl", "liger-kernel", "torch", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     print(f"{versions}; one thread", flush=True)
     sides, seen = [("TRL", 1), ("TRL", 8), ("red.py", 1), ("red.py", 8)], {}
     for side in sides * args.runs:                       # interleaved, so that a busy machine slows all of them
         seen.setdefault(side, []).append(in_fresh_process(peer_speed, *side))
     if seen:
         print("\nUpdates of 32 prompts x 4 responses, Qwen2 of 2 layers and width 96, no KL, float32\n\n"
-              "| | updates per sampling | samples per CPU s | range | times TRL | tokens per response | groups without signal |\n" + "|---" * 7 + "|")
+              "| | updates per sampling | samples per CPU s | range | times TRL | tokens per response | "
+              "groups without signal |\n"
+              + "|---" * 7 + "|")
     for (side, h), rows in seen.items():
         speed, length, silent = np.median(rows, axis=0)
         ratio = speed / np.median([row[0] for row in seen["TRL", h]])
         low, high = min(row[0] for row in rows), max(row[0] for row in rows)
-        print(f"| {side} | {h} | {speed:.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} | {length:.1f} | {silent:.2f} |", flush=True)
+        numbers = f"{speed:.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} | {length:.1f} | {silent:.2f}"
+        print(f"| {side} | {h} | {numbers} |", flush=True)
     print("\nHead, forward + backward, bfloat16: {} tokens, width {}, vocabulary {}\n".format(*args.head))
     print("| | CPU s | extra GiB |\n|---|---|---|", flush=True)
     for way in PEER_HEADS:
