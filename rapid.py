@@ -89,7 +89,7 @@ class _HeadLogps(torch.autograd.Function):
 
 def _buffers(hidden, weight, chunk):
     """Room for a slice's logits [v, M], v M about chunk V, in float32 (float64 if hidden is) and in hidden's dtype."""
-    size = min(len(weight), max(1, chunk * len(weight) // max(1, len(hidden))))
+    size = min(len(weight), max(32, chunk * len(weight) // max(1, len(hidden))))     # thinner slices only cost time
     half = hidden.new_empty(size, len(hidden))                                       # [v, M]
     wide = torch.promote_types(half.dtype, torch.float32)
     return half if half.dtype == wide else torch.empty_like(half, dtype=wide), half

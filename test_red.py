@@ -1,14 +1,18 @@
 """Sanity checks of everything: `pytest test_red.py`, about three minutes on two cores (`python test_red.py --runslow`: also the long ones).
+`python test_red.py --peers` measures the same work done by TRL and Liger.
 
 verify.py: labelled answers, hostile inputs. rapid.py: enumeration, invariances. data.py: schemas, errors, mutated rows.
 red.py: Eq. (6) to (12) by hand and against a slow reference, sampler, resume, faults, ranks, whole runs. README: its numbers.
 Tests on the public benchmark files look for them in the folder RED_DATA, or in a folder `data` beside the checkout, and
 are skipped, saying so, where there is none.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
 import gc
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -17,10 +21,12 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -1170,8 +1176,8 @@ def test_head_equals_full_logits(temperature, chunk):
 
 def test_head_survives_large_logits():
     """Without the running maximum, exp overflows at logits of a few hundred."""
-    hidden, weight = torch.eye(2) * 500, torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([0, 0]), chunk=1)
+    hidden, weight = torch.eye(2) * 500, torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([40, 40]), chunk=1)  # both in the second slice
     close(logp, torch.tensor([0.0, -500.0]), 1e-4)
     close(entropy, torch.zeros(2), 1e-4)
 
@@ -3624,6 +3630,267 @@ def engines_table():
               f"{vllm:.0f} | {vllm / hf:.2f} |", flush=True)
 
 
+# ==============================================================================================================
+# other people's trainers
+# ==============================================================================================================
+
+def readme_code(word):
+    """The README's Python block with this word in it, as a reader would copy it."""
+    block, = (b for b in re.findall(r"(?s)```python\n(.*?)```", (HERE / "README.md").read_text()) if word in b)
+    return compile(block, f"README.md: {word}", "exec")
+
+
+PEER_CHARACTERS = "0123456789+-x="
+
+
+def peer_parts(prompts, seed=0):
+    """A tiny Qwen2 of 2 layers and width 96, its tokenizer of single characters, and chains like 5-2x4+7=."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    names = ["<pad>", "<eos>", "<unk>", *PEER_CHARACTERS]
+    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(names), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None))
+    rng = random.Random(seed)
+    step = lambda: f"{rng.randrange(10)}{rng.choice('+-x')}"
+    chains = ["".join(step() for _ in range(rng.randint(2, 5))) + f"{rng.randrange(10)}=" for _ in range(prompts)]
+    return model, tokenizer, chains
+
+
+def peer_reward(ids):
+    """1 for half of the responses whatever the policy does: nothing is learned, most groups have a signal."""
+    return float(sum(ids) % 2)
+
+
+def trl_trainer(kind, parts, folder, **settings):
+    """A GRPOTrainer on the CPU with the settings that make it comparable: no KL, no top-k, float32, nothing logged."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+    model, tokenizer, chains = parts
+    config = GRPOConfig(
+        output_dir=str(folder), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, dataloader_num_workers=0, **settings)
+    reward = lambda completion_ids, **_: [peer_reward(ids) for ids in completion_ids]
+    return kind(model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+                train_dataset=Dataset.from_dict({"prompt": chains}))
+
+
+def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypatch):
+    """Two generations of two updates of two micro-batches: loss and gradient as rapid.accumulate's without padding."""
+    pytest.importorskip("trl", reason="trl is not installed (pip install trl): the README's RapidTrainer was not run")
+    from trl.trainer import grpo_trainer
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)  # put back later
+    names, seen = {}, []
+    exec(readme_code("GRPOTrainer"), names)
+    parts = peer_parts(32)
+    twin = copy.deepcopy(parts[0])                       # before TRL replaces the forward of its own
+
+    class Watched(names["RapidTrainer"]):
+        def _generate(self, *args):
+            out = super()._generate(*args)
+            self.lbar = sum(map(len, out[1])) / len(out[1])            # Lbar of Eq. (4): all responses of the phase
+            return out
+
+        def _compute_loss(self, model, batch):
+            loss = super()._compute_loss(model, batch)
+            twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
+            real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
+            rollouts = []
+            for i, mu in enumerate(batch["old_per_token_logps"].tolist()):
+                response = real("completion", i)
+                rollouts.append(Rollout(real("prompt", i), response, mu[:len(response)], peer_reward(response)))
+            assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
+            twin.zero_grad()
+            metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
+            grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            got = torch.cat([g.flatten() for g in grads])
+            want = torch.cat([p.grad.flatten() for p in twin.parameters()])
+            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()),
+                         abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
+            return loss
+
+    trainer = trl_trainer(Watched, parts, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+                          steps_per_generation=4, max_steps=4, max_completion_length=11, learning_rate=3e-3)
+    trainer.train()
+    assert len(seen) == 8
+    for update, (metrics, gradient_error, loss_error, ess) in enumerate(seen):
+        assert gradient_error < 1e-4 and loss_error < 1e-5, (update, gradient_error, loss_error)
+        assert abs(ess - metrics["ess"]) < 1e-4 and metrics["zero_signal"] < 1
+    # the third and fourth micro-batch of a generation come after an update, so there the weights differ from 1
+    assert [m["max_abs_logw"] > 0.1 for m, *_ in seen] == [False, False, True, True] * 2
+
+
+def test_verl_policy_loss_of_the_readme_is_ours(monkeypatch):
+    """Called by keyword as verl 0.9.1 calls it: two ranks of two micro-batches add up to rapid_loss over all of it."""
+    try:
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    except ImportError:                                  # a stand-in of the same signature: name -> decorator
+        registry = {}
+        stand_in = types.ModuleType("verl.trainer.ppo.core_algos")
+        stand_in.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
+        for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+            monkeypatch.setitem(sys.modules, name, stand_in if name.endswith("algos") else types.ModuleType(name))
+        get_policy_loss_fn = registry.__getitem__
+    exec(readme_code("register_policy_loss"), {})
+    loss_fn, generator = get_policy_loss_fn("rapid"), torch.Generator().manual_seed(0)
+    mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
+    logp = (mu + 0.3 * step).requires_grad_()
+    mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
+    gap = (0.1 * gap).exp()                                                                             # [N, T]
+    rewards = torch.randint(2, (16,), generator=generator).double()                                     # [N]
+    adv, _ = rapid.group_advantages(rewards, torch.ones_like(rewards), 4, norm="none")                  # [N]
+    weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
+    assert (weights == 2).any() and (weights < 2).any()
+    info = dict(dp_size=2, batch_num_tokens=int(mask.sum()), global_batch_size=16, loss_scale_factor=None)
+    for correction in (None, gap):
+        config = SimpleNamespace(global_batch_info=info)
+        losses = [loss_fn(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part],
+                          response_mask=mask[part], loss_agg_mode="token-mean", config=config,
+                          rollout_is_weights=None if correction is None else correction[part])
+                  for part in (slice(0, 3), slice(3, 8), slice(8, 12), slice(12, 16))]
+        got = sum(loss for loss, _ in losses) / 2  # mean of two ranks
+        wc = weights[:, None] * (torch.ones_like(mu) if correction is None else correction)             # [N, T]
+        want = rapid.rapid_loss(logp, mask, wc, adv, denominator=int(mask.sum()))
+        close(got.detach(), want.detach(), 1e-12)
+        close(*(torch.autograd.grad(x, logp)[0] for x in (got, want)), 1e-12)
+        assert all(0 < metrics["actor/ess"] < 1 for _, metrics in losses)
+
+
+# ---- `python test_red.py --peers`: the same work done by TRL and Liger -----------------------------------------------
+
+PEER_HEADS = ("rapid.py", "TRL, full logits", "TRL, chunked head", "Liger", "full logits")
+
+
+def peer_head(way, tokens, width, vocab):
+    """Forward + backward of one head, on one thread -> CPU seconds, extra peak GiB above weights and inputs."""
+    torch.set_num_threads(1)
+    length = 512                                         # of the sequences that TRL and Liger take the tokens in
+    weight = torch.empty(vocab, width, dtype=torch.bfloat16).normal_(0, 0.02).requires_grad_()           # [V, D]
+    hidden = torch.empty(tokens, width, dtype=torch.bfloat16).normal_().requires_grad_()                 # [M, D]
+    targets = torch.randint(vocab, (tokens,))                                                            # [M]
+    if way == "full logits":
+        run = lambda h, w, t: (h @ w.T).float().log_softmax(1).gather(1, t[:, None]).sum()
+    elif way == "rapid.py":
+        run = lambda h, w, t: rapid.logps_and_entropy(h, w, t)[0].sum()
+    elif way == "TRL, full logits":
+        from trl.trainer.utils import selective_log_softmax_and_entropy as trl_logps
+        run = lambda h, w, t: trl_logps((h @ w.T).view(-1, length, len(w)), t.view(-1, length),
+                                        entropy_requires_grad=False)[0].sum()
+    elif way == "TRL, chunked head":
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
+        run = lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, size, None, 1.0, ("entropy",))[0].sum()
+    else:
+        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+        run = lambda h, w, t: loss(h.view(-1, length, h.shape[1]), w, t.view(-1, length),
+                                   torch.ones_like(t).view(-1, length), torch.ones(len(h) // length))[0]
+    small = hidden[:length].detach().requires_grad_(), weight[:64].detach().requires_grad_()
+    run(*small, targets[:length] % 64).backward()        # loads the libraries
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    run(hidden, weight, targets).backward()
+    return time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+
+
+def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=11):
+    """Updates of 32 prompts x 4 on one thread -> samples per CPU second (first phases left out), tokens per response,
+    share of groups without a signal. Everything between two updates counts: sampling, reward, loss, optimizer."""
+    torch.set_num_threads(1)
+    warm = max(2, updates_per_phase)
+    marks, lengths, rewards = [], [], []
+    parts = model, tokenizer, chains = peer_parts(prompts * (warm + updates + 2 * updates_per_phase))
+    if side == "TRL":
+        from transformers import PrinterCallback, TrainerCallback
+        from trl import GRPOTrainer
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                marks.append(time.process_time())
+
+        class Counted(GRPOTrainer):
+            def _calculate_rewards(self, inputs, prompts, completions, ids):
+                scores = super()._calculate_rewards(inputs, prompts, completions, ids)
+                lengths.extend(map(len, ids))
+                rewards.extend(scores[:, 0].tolist())
+                return scores
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trl_trainer(Counted, parts, folder, per_device_train_batch_size=4 * prompts,
+                                  steps_per_generation=updates_per_phase, max_steps=warm + updates + 1,
+                                  max_completion_length=max_new_tokens, learning_rate=1e-4)
+            trainer.add_callback(Clock())
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+    else:
+        engine = red.HFEngine(red.Config(sample_rows=1024), model, SimpleNamespace(stops={tokenizer.eos_token_id}))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        ids = [tokenizer(chain)["input_ids"] for chain in chains]
+        for first in range(0, warm + updates + 1, updates_per_phase):
+            for h in range(updates_per_phase):
+                marks.append(time.process_time())
+                if h == 0:
+                    batch = ids[prompts * first:prompts * (first + updates_per_phase)]
+                    groups = engine.generate(batch, n=4, temperature=1.0, max_new_tokens=max_new_tokens,
+                                             seeds=[4 * (prompts * first + i) for i in range(len(batch))])
+                    rollouts = [Rollout(prompt, s.ids, s.logps, peer_reward(s.ids), not s.finished)
+                                for prompt, group in zip(batch, groups) for s in group]
+                    lengths.extend(len(r.response) for r in rollouts)
+                    rewards.extend(r.reward for r in rollouts)
+                    mean_length = sum(len(r.response) for r in rollouts) / len(rollouts)
+                model.train()
+                rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4,
+                             denominator=4 * prompts * mean_length)
+    silent = np.mean([len(set(rewards[k:k + 4])) == 1 for k in range(0, len(rewards), 4)])
+    return 4 * prompts * updates / (marks[warm + updates] - marks[warm]), sum(lengths) / len(lengths), silent
+
+
+def in_fresh_process(function, *args):
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(function, args)
+
+
+def peers(argv):
+    """Two Markdown tables next to TRL and Liger: whole updates, and the head."""
+    parser = argparse.ArgumentParser(prog="python test_red.py --peers")
+    parser.add_argument("--head", nargs=3, type=int, default=(2048, 512, 32768), metavar=("TOKENS", "WIDTH", "VOCAB"))
+    parser.add_argument("--runs", type=int, default=3, help="runs of each row of the first table; 0: leave it out")
+    args = parser.parse_args(argv)
+    missing = [name for name in ("trl", "liger-kernel") if not importlib.util.find_spec(name.replace("-", "_"))]
+    if missing:
+        sys.exit(f"--peers: {' and '.join(missing)} not installed; pip install trl liger-kernel")
+    if args.head[0] % 512:
+        parser.error(f"--head: found {args.head[0]} tokens, allowed is a multiple of 512, the peers' row length")
+    names = ("trl", "liger-kernel", "torch", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    print(f"{versions}; one thread", flush=True)
+    sides, seen = [("TRL", 1), ("TRL", 8), ("red.py", 1), ("red.py", 8)], {}
+    for side in sides * args.runs:                       # interleaved, so that a busy machine slows all of them
+        seen.setdefault(side, []).append(in_fresh_process(peer_speed, *side))
+    if seen:
+        print("\nUpdates of 32 prompts x 4 responses, Qwen2 of 2 layers and width 96, no KL, float32\n\n"
+              "| | updates per sampling | samples per CPU s | range | times TRL | tokens per response | "
+              "groups without signal |\n"
+              + "|---" * 7 + "|")
+    for (side, h), rows in seen.items():
+        speed, length, silent = np.median(rows, axis=0)
+        ratio = speed / np.median([row[0] for row in seen["TRL", h]])
+        low, high = min(row[0] for row in rows), max(row[0] for row in rows)
+        numbers = f"{speed:.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} | {length:.1f} | {silent:.2f}"
+        print(f"| {side} | {h} | {numbers} |", flush=True)
+    print("\nHead, forward + backward, bfloat16: {} tokens, width {}, vocabulary {}\n".format(*args.head))
+    print("| | CPU s | extra GiB |\n|---|---|---|", flush=True)
+    for way in PEER_HEADS:
+        seconds, extra = in_fresh_process(peer_head, way, *args.head)
+        print(f"| {way} | {seconds:.2f} | {extra:.3f} |", flush=True)
+
+
 def pytest_addoption(parser):
     """`python test_red.py --runslow`: a test file has no options of its own under plain pytest, so it starts pytest itself."""
     parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
@@ -3634,4 +3901,6 @@ if __name__ == "__main__":
         sys.exit(print(memory_table(*map(int, sys.argv[2:]))))
     if "--engines" in sys.argv:
         sys.exit(engines_table())
+    if "--peers" in sys.argv:
+        sys.exit(peers([word for word in sys.argv[1:] if word != "--peers"]))
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
