@@ -651,6 +651,21 @@ VERIFY_CASES = {
         \infty ;; -\infty ;; no
         \infty ;; 10^{400} ;; no
         \infty ;; +\infty ;; yes""",
+    "second reading": r"""
+        \frac{3}{4} ;; {3\over 4} ;; yes
+        \frac{3}{4} ;; {4\over 3} ;; no
+        \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} ;; \begin{pmatrix} \dfrac{48}{65} \\[4pt] \dfrac{6}{65} \end{pmatrix} ;; yes
+        \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} ;; \begin{pmatrix} \dfrac{6}{65} \\[4pt] \dfrac{48}{65} \end{pmatrix} ;; no
+        (-\infty, 0) \cup\{1\} ;; x<0 \text{ or } x=1 ;; yes
+        (-\infty, 0) \cup\{1\} ;; x<0 \text{ or } x=2 ;; no
+        (-\infty, 0) \cup\{1\} ;; x \le 0 \text{ or } x=1 ;; no
+        A ;; \text{A. } 15 ;; yes
+        A ;; \text{B. } 15 ;; no
+        A ;; \text{(A) } 15 ;; yes
+        1, 1, -2 ;; -2, 1, 1 ;; yes
+        1, 1, -2 ;; 1, -2 ;; no
+        1, -2 ;; 1, -2, -2 ;; no
+        \{1, 1, 2\} ;; \{1, 2\} ;; yes""",
 }
 VERIFY_ROWS = [(kind, *(part.strip() for part in line.split(" ;; ")))
                for kind, block in VERIFY_CASES.items() for line in block.strip().split("\n")]

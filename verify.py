@@ -210,6 +210,8 @@ def joined(text: str) -> str:
 
 def said(m: re.Match) -> str:
     r"""What stands for \text{...}: plain content (numbers, lists, letters, "and"), or words marked with @."""
+    if re.fullmatch(r"\s*\(?[A-J][.):]+\s*", m[1]):    # \text{A. } 15, with its mark
+        return m[1]
     text = m[1].strip(" .\\~$")
     plain = re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text)
     return f" {text} " if plain else " " + re.sub(r"[^\W\d_]+", r"@\g<0>", text.strip("()"))
@@ -220,7 +222,8 @@ def rows(m: re.Match) -> str:
     >>> clean(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")
     '\\langle \\langle 1 , 2 \\rangle,\\langle 3 , 4 \\rangle \\rangle'
     """
-    lines = [line.replace("&", ",") for line in joined(m[1]).strip(" \\").split(r"\\")]
+    cells = re.sub(r"(?:\\\\|\s)+$", "", joined(m[1]))    # \\ behind the last row; a \frac in the first cell stays whole
+    lines = [line.replace("&", ",") for line in cells.split(r"\\")]
     return r"\langle " + ",".join(rf"\langle {x} \rangle" if "," in x else x for x in lines) + r" \rangle "
 
 
@@ -240,6 +243,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     # 1. characters, commands that mean nothing, text
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m[0].translate(SMALL) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(SMALL) + "}"),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]", lambda m: r"\\"),    # the row gap of a matrix
     (r"(?<=[\d.])\\overline\s*\{(\d+)\}", r"~\1"),    # 0.1\overline{6} is 0.1~6
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", " "),
     (r"(?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d))", ""),    # 10{,}000 is explicit, 10,000 is not
@@ -253,6 +257,7 @@ REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"\\\{ *\\\}", r"\\emptyset "), (r"\\mathbb ?(?:\{ ?([A-Z]) ?\}|([A-Z]))", r"\\\1\2 "),
     # 2. fractions, degrees, derivatives: dx/dt, \dot{x} and x^\prime are all x'
     (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"), (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\w.^/])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree", "@degree "), (r"\\?%", "@percent "),
@@ -830,10 +835,15 @@ def is_set(node: tuple) -> bool:
     """Whether a node can only be a set of reals: an inequality, a union, R; (1, 2) and [1, 2] can also be a pair."""
     if node[0] == "rel":
         return is_set(node[2][1]) if node[1] == ("∈",) else set(node[1]) <= set(CHECKS)
-    if node[0] == "seq":    # "x <= 5, x in R"
-        return node[1] in ("", "or", "{") and all(map(is_set, node[2]))
+    if node[0] == "seq":    # "x <= 5, x in R", "x < 0 or x = 1"
+        return node[1] in ("", "or", "{") and any(map(is_set, node[2])) and all(is_set(n) or is_point(n) for n in node[2])
     return node[0] in ("∪", "∩", "∖", "such") or node[1] in ("R", "emptyset") or (
         node[0] == "word" and "real" in node[1])
+
+
+def is_point(node: tuple) -> bool:
+    """Whether a node gives its unknown one number: x = 1."""
+    return node[:2] == ("rel", ("=",)) and node[2][0][0] == "sym" and len(node[2]) == 2 and not names(node[2][1])
 
 
 def grid(*sets: tuple) -> list:
@@ -857,6 +867,8 @@ def inside(node: tuple, x) -> bool:
     kind = node[0]
     if kind == "rel" and node[1] == ("∈",):
         return inside(node[2][1], x)
+    if is_point(node):
+        return not add(x, -value(node[2][1], 0))
     if kind == "rel" and set(node[1]) <= set(CHECKS):
         if not names(node) or "word" in {side[0] for side in node[2]}:
             raise Unparsed("no inequality of an unknown number")
@@ -969,8 +981,9 @@ def collection(node: tuple) -> tuple[str | None, list[tuple]]:
         # "pi/4 + k pi, k in Z" is one answer, but Z restricts an inequality
         items = [n for n in inner[2] if not restricts(n) or any(map(is_set, inner[2]))]
         parts = [(None, []) if item[:2] == ("seq", "{") else collection(item) for item in items]
-        found = dict.fromkeys(v for item, (kind, own) in zip(items, parts) for v in (own if kind in BAGS else [item]))
-        return BAGS[inner[1] == r"\{"], list(found)
+        found = [v for item, (kind, own) in zip(items, parts) for v in (own if kind in BAGS else [item])]
+        # A set holds a member once; in a list of solutions a double root is two.
+        return (r"\{\}", list(dict.fromkeys(found))) if inner[1] == r"\{" else ("", found)
     if len(readings := variants(node)) > 1:
         return "", readings
     return (inner[1] + inner[3], list(inner[2])) if inner[0] == "seq" else (None, [node])
