@@ -1079,17 +1079,23 @@ def mean_se(values):
     return float(np.mean(values)), (float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0)
 
 
+def clock(cfg):
+    """Seconds. On one CPU thread the process's own time: the wall-clock of an idle core, whatever else the machine does."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available() and not cfg.workers
+    return time.process_time() if alone else time.perf_counter()
+
+
 def sample_and_verify(cfg, engine, text, items, *, n, temperature, seeds, stopped):
     """-> (per item a list of n (Sample, Verdict, reason), seconds of verification). A truncated response may hold an answer
     but counts as wrong: else not stopping would be rewarded. [ours]"""
     engine.push(engine.model)
     groups = engine.generate([x.prompt for x in items], n=n, temperature=temperature, max_new_tokens=cfg.max_new_tokens,
                              seeds=seeds, stopped=stopped)
-    start, flat = time.time(), [(sample, x.problem.gold) for group, x in zip(groups, items) for sample in group]
+    start, flat = clock(cfg), [(sample, x.problem.gold) for group, x in zip(groups, items) for sample in group]
     verdicts = iter(verify.verify_many([text.decode(s.ids) for s, _ in flat], [gold for _, gold in flat],
                                        finished=[s.finished for s, _ in flat], workers=cfg.workers))
     judged = [[(s, next(verdicts)) for s in group] for group in groups]
-    return [[(s, v, v.reason if s.finished or not v.correct else "truncated") for s, v in group] for group in judged], time.time() - start
+    return [[(s, v, v.reason if s.finished or not v.correct else "truncated") for s, v in group] for group in judged], clock(cfg) - start
 
 
 def evaluate(cfg, engine, text, tests, state, world, stopped=lambda: False):
@@ -1365,7 +1371,7 @@ def environment():
 def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
     """One inference phase [RAPID]: H*B problems, G responses each, sampled in one large batch, verified, dealt into H
     updates of B whole groups -> metrics of the phase."""
-    start, before = time.time(), json.dumps(queue.state)
+    start, before = clock(cfg), json.dumps(queue.state)
     plan = [queue.draw(cfg.prompts) for _ in range(min(cfg.updates_per_phase, cfg.updates - state.update))]
     mine = [(h, k, i) for h, indices in enumerate(plan) for k, i in enumerate(indices) if k % world.size == world.rank]
     try:
@@ -1386,7 +1392,7 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
             counts["verdict_" + reason] = counts.get("verdict_" + reason, 0) + 1
     counts = world.sum(counts)
     state.lbar = counts["tokens"] / counts["responses"]                  # Lbar of Eq. (4): one constant per phase
-    return dict(phase=state.phase, sample_seconds=time.time() - start - verify_seconds, verify_seconds=verify_seconds, **counts)
+    return dict(phase=state.phase, sample_seconds=clock(cfg) - start - verify_seconds, verify_seconds=verify_seconds, **counts)
 
 
 class Signals:
@@ -1441,7 +1447,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
                 raise Interrupted
 
             # 3. Inference: a new phase when the last one is used up. mu of Eq. (1) is the policy as it is now.
-            start, phase = time.time(), {}
+            start, phase = clock(cfg), {}
             if cfg.algo == "sft":
                 state.plan = [queue.draw(cfg.prompts)]
             elif not state.batches:
@@ -1461,7 +1467,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
                 metrics["updates_dropped"], state.plan, state.batches = len(state.plan), [], []
 
             # 6. What happened.
-            elapsed = time.time() - start
+            elapsed = clock(cfg) - start
             state.seconds += elapsed
             row = dict(update=state.update, seconds=round(state.seconds, 2), lr=optimizer.param_groups[0]["lr"], **phase, **metrics)
             if phase:
