@@ -91,7 +91,7 @@ class Config:
     entropy_decay: float = opt(0.9, "Eq. (6): smoothing d of the two entropies; 0: raw", allowed=(0, 1))
     policy_shift: str = opt("accuracy", "Eq. (8): accuracy | accuracy-reversed | on-policy | off-policy", allowed="accuracy accuracy-reversed on-policy off-policy")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest weight beta of the teacher", allowed=(0, 1))
-    trace_fraction: float = opt(-1.0, "share of an update's prompts drawn from those with a trace; -1: as the data has them", allowed=(0, 1))
+    trace_fraction: float = opt(-1.0, "red: share of an update's prompts drawn from those with a trace; -1: as the data has them", allowed=(0, 1))
 
     temperature: float = opt(1.0, "sampling temperature of rollouts, and of log pi in training", "Sampling", allowed=1e-06)
     max_prompt_tokens: int = opt(1024, "longer prompts are left out and counted", allowed=1)
@@ -756,7 +756,7 @@ class Queue:
     """Problems in random order, epoch after epoch, none lost and none twice; two pools where --trace-fraction asks."""
 
     def __init__(self, cfg, items):
-        self.seed, self.share = cfg.seed, 1.0 if cfg.algo == "sft" else cfg.trace_fraction
+        self.seed, self.share = cfg.seed, {"sft": 1.0, "red": cfg.trace_fraction}.get(cfg.algo, -1.0)
         self.pools = {"traced": [i for i, x in enumerate(items) if x.traces], "plain": [i for i, x in enumerate(items) if not x.traces]}
         if self.share < 0 or not self.pools["traced"] or not (self.pools["plain"] or cfg.algo == "sft"):
             self.share, self.pools = 1.0, {"traced": list(range(len(items))), "plain": []}      # one pool of all

@@ -2640,6 +2640,9 @@ def test_queue_pools_keep_their_share(tiny):
         drawn = queue.draw(4)
         assert sum(i < 3 for i in drawn) == 2
     assert all(i < 3 for i in red.Queue(dataclasses.replace(tiny.cfg, algo="sft"), items).draw(7))
+    # RL alone has no use for traces and must not meet those few problems more often: an epoch holds each problem once
+    rapid_queue = red.Queue(dataclasses.replace(tiny.cfg, algo="rapid", trace_fraction=0.5), items)
+    assert sorted(rapid_queue.draw(len(items))) == list(range(len(items)))
 
 
 def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
