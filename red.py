@@ -287,8 +287,9 @@ def teacher_weight(accuracy, policy_shift, gamma):
 
         accuracy   gamma (1 - a)    accuracy-reversed   gamma a    on-policy   0    off-policy   gamma
 
-    accuracy: a(x) in [0, 1]. [RED]: the accuracy decides; [ours]: how, since its abstract can be read both ways. By the
-    first, a prompt that the model solves treats its trace as its own sample; by the second, it imitates it.
+    accuracy: a(x) in [0, 1]. [RED]: the accuracy decides; [ours]: how, since its abstract can be read both ways. beta
+    near 0 makes rho of Eq. (9) 1 for every token: with `accuracy` where the model solves the prompt (its trace counts
+    as its own sample), with `accuracy-reversed` where it fails. A larger beta holds back tokens that it finds unlikely.
     """
     return {"accuracy": gamma * (1 - accuracy), "accuracy-reversed": gamma * accuracy,
             "on-policy": 0.0, "off-policy": gamma}[policy_shift]
