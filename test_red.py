@@ -2927,6 +2927,7 @@ def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
     (["--updates-per-phase", "0"], "--updates-per-phase: found 0, allowed is 1 or more"),
     (["--algo", "ppo"], "--algo: found 'ppo', allowed are red, rapid, grpo, sft"),
     (["--off-weight", "much"], "--off-weight: found much, allowed is 0 or more, or dynamic"),
+    (["--off-weight", "1e"], "--off-weight: found 1e, allowed is 0 or more, or dynamic"),
     (["--trace-fraction", "1.5"], "--trace-fraction: found 1.5, allowed is 0 to 1, or -1"),
     (["--shift-gamma", "nan"], "--shift-gamma: found nan"),
     (["--preset", "huge"], "--preset: found 'huge'"),
@@ -3143,7 +3144,7 @@ def write_run(path, model, evals, seconds):
     """A run directory by hand: evaluations (update, seconds, accuracy, easy, hard) and one update at the end."""
     path.mkdir(parents=True)
     rows = [dict(eval="t", update=u, seconds=s, mean=m, levels=dict(easy=e, hard=h), length=8.0, entropy=0.5) for u, s, m, e, h in evals]
-    rows.insert(-1, dict(update=evals[-1][0], seconds=seconds, entropy=0.1, lam=2.0))
+    rows[-1:-1] = [dict(update=u, seconds=seconds, entropy=0.1, lam=4.0 - u) for u in range(4)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (path / "config.json").write_text(json.dumps(dict(settings=dict(model=model))))
 
@@ -3159,10 +3160,13 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     write_run(runs / "grpo-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 200.0, 0.5, 0.7, 0.3)], 200.0)
     assert red.main(["--report", *(f"runs/{n}" for n in ("red-s0", "red-s1", "then-s0", "grpo-s0"))]) == 0
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[0] == ["run", "seeds", "updates", "seconds", "mean@k at 100 s", "at the end", "easy", "hard", "length", "entropy"]
-    assert lines[2][:8] == ["red", "2", "9", "100 +- 14", "0.823 +- 0.032", "0.850 +- 0.071", "0.950 +- 0.071", "0.750 +- 0.071"]
-    assert lines[3][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
-    assert lines[4][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
+    assert lines[0] == ["run", "seeds", "updates", "seconds", "mean@k at 100 s", "at the end", "easy", "hard", "length", "entropy",
+                        "lam, first and last quarter"]
+    assert lines[2][:6] == ["before", "2", "0", "0 +- 0", "0.300 +- 0.000", "0.300 +- 0.000"] and lines[2][-1] == ""
+    assert lines[3][:8] == ["red", "2", "9", "100 +- 14", "0.823 +- 0.032", "0.850 +- 0.071", "0.950 +- 0.071", "0.750 +- 0.071"]
+    assert lines[3][-1] == "4.00, 1.00"
+    assert lines[4][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
+    assert lines[5][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert red.main(["--report", "runs"]) == 2 and "found no trained and evaluated run in runs" in capsys.readouterr().err
 
