@@ -982,7 +982,7 @@ def collection(node: tuple) -> tuple[str | None, list[tuple]]:
         items = [n for n in inner[2] if not restricts(n) or any(map(is_set, inner[2]))]
         parts = [(None, []) if item[:2] == ("seq", "{") else collection(item) for item in items]
         found = [v for item, (kind, own) in zip(items, parts) for v in (own if kind in BAGS else [item])]
-        # A set holds a member once; in a list of solutions a double root is two.
+        # A set holds a member once; in a list of solutions a double root may count: see `same`.
         return (r"\{\}", list(dict.fromkeys(found))) if inner[1] == r"\{" else ("", found)
     if len(readings := variants(node)) > 1:
         return "", readings
@@ -1002,6 +1002,8 @@ def same(gold: tuple, answer: tuple) -> bool:
     # Lists and sets: as many different members on both sides, each with a partner of its own. A subset of the
     # solutions, and a list of guesses around the right one, both fail here.
     if kind in BAGS and other in BAGS:
+        if len(set(g)) == len(g):    # a solution found twice is one, but a gold with a double root wants it twice
+            a = list(dict.fromkeys(a))
         for item in g if len(g) == len(a) else ():
             partner = next((i for i, candidate in enumerate(a) if same(item, candidate)), None)
             if partner is None:
