@@ -222,7 +222,7 @@ def rows(m: re.Match) -> str:
     >>> clean(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")
     '\\langle \\langle 1 , 2 \\rangle,\\langle 3 , 4 \\rangle \\rangle'
     """
-    cells = re.sub(r"(?:\\\\|\s)+$", "", joined(m[1]))    # \\ behind the last row; a \frac in the first cell stays whole
+    cells = re.sub(r"(?:\\\\|\s)+$", "", joined(m[1]))    # without \\ behind the last row
     lines = [line.replace("&", ",") for line in cells.split(r"\\")]
     return r"\langle " + ",".join(rf"\langle {x} \rangle" if "," in x else x for x in lines) + r" \rangle "
 
@@ -836,7 +836,8 @@ def is_set(node: tuple) -> bool:
     if node[0] == "rel":
         return is_set(node[2][1]) if node[1] == ("∈",) else set(node[1]) <= set(CHECKS)
     if node[0] == "seq":    # "x <= 5, x in R", "x < 0 or x = 1"
-        return node[1] in ("", "or", "{") and any(map(is_set, node[2])) and all(is_set(n) or is_point(n) for n in node[2])
+        fits = all(is_set(n) or is_point(n) for n in node[2])
+        return node[1] in ("", "or", "{") and fits and any(map(is_set, node[2]))
     return node[0] in ("∪", "∩", "∖", "such") or node[1] in ("R", "emptyset") or (
         node[0] == "word" and "real" in node[1])
 
