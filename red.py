@@ -1458,8 +1458,7 @@ def sync(path):
 def read_runs(paths):
     """Run directories -> {label: [rows of metrics.jsonl, one list per run]}; the label is the name less its -sSEED.
 
-    A run that started from another run (SFT, then RL) took that one's time too, so its clock starts there. Stop: no
-    training or no evaluation in it.
+    A run that started from another run (SFT, then RL) took that one's time too, so its clock starts there.
     """
     groups = {}
     for path in map(Path, paths):
@@ -1470,9 +1469,6 @@ def read_runs(paths):
                 row["seconds"] += part[-1]["seconds"]
             rows = rows or part
             base = Path(json.loads((base / "config.json").read_text())["settings"]["model"] or "?")
-        if not any("eval" in r for r in rows) or all("eval" in r for r in rows):
-            raise Stop(f"--report: found no trained and evaluated run in {path}; "
-                       "give run directories that red.py has written")
         groups.setdefault(re.sub(r"-s\d+$", "", path.name), []).append(rows)
     return groups
 
@@ -1497,6 +1493,10 @@ def report(paths):
                 "{:.2f}, {:.2f}".format(*np.mean(quarters, axis=0)) if quarters else ""]
 
     groups = read_runs(paths)
+    for name, runs in groups.items():
+        if not all(rows and rows[-1].get("update") and any("eval" in r for r in rows) for rows in runs):
+            raise Stop(f"--report: found no trained and evaluated run in every {name}; give run directories that "
+                       "red.py has written, with --eval")
     evals = {name: [[r for r in rows if "eval" in r] for rows in runs] for name, runs in groups.items()}
     first = next(iter(evals.values()))
     limit = float(np.mean([e[-1]["seconds"] for e in first]))

@@ -3172,7 +3172,13 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     assert lines[4][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
     assert lines[5][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert red.main(["--report", "runs"]) == 2 and "found no trained and evaluated run in runs" in capsys.readouterr().err
+    assert red.main(["--report", "runs"]) == 2 and "no trained and evaluated run in every runs" in capsys.readouterr().err
+    # without --eval there is nothing to report, but a run's own curves
+    rows = [line for line in (runs / "red-s0" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
+    (runs / "red-s0" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert red.main(["--report", "runs/red-s0"]) == 2 and "with --eval" in capsys.readouterr().err
+    red.draw_curves(red.read_runs(["runs/red-s0"]), tmp_path / "curves.png", print)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("file", ["rapid.py", "verify.py", "data.py"])
