@@ -3594,7 +3594,7 @@ def test_vllm_three_phases_give_the_curve_of_transformers(builtin, tmp_path, mon
         return builtin.engine
 
     monkeypatch.setattr(red, "VLLMEngine", one_for_all)
-    monkeypatch.setattr(red, "draw_curves", lambda path, log: None)
+    monkeypatch.setattr(red, "draw_curves", lambda groups, path, log: None)
     hf, vllm = (np.array([curve(builtin, engine, seed, tmp_path / f"{engine}{seed}") for seed in range(6)])
                 for engine in ("hf", "vllm"))                                                   # [seed, phase, metric]
     error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 6)                              # [phase, metric]
