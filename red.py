@@ -15,6 +15,7 @@ What differs from GRPO:
     python red.py                                                   the built-in task, on a laptop, in minutes
     python red.py --model DIR_OR_HUB_ID --train FILE --eval FILE    your model, your data
     python red.py --eval-only --model RUN --eval FILE --samples 4   mean@k and pass@k of a finished run
+    python red.py --report RUN RUN ...                              table and curves of finished runs, by label and seed
 
 Top to bottom: settings, objective, model and text, ranks, sampling, data, one update, evaluation, run directory, loop,
 built-in model, main. Where a choice comes from stands beside it: [RED], [RAPID] or [ours]. Dims: N sequences, n of a
