@@ -1846,11 +1846,11 @@ def load_weights(cfg, run, world, device, log):
 
 def launch(argv):
     """A whole run, from the command line to the saved model; main() turns its exceptions into exit codes."""
-    from transformers.utils import logging as hf_logging
-    hf_logging.disable_progress_bar()
     cfg, given = parse(argv)
     if cfg.report:
         return report(cfg.report)
+    from transformers.utils import logging as hf_logging         # seconds, which --help and --report need not wait for
+    hf_logging.disable_progress_bar()
     world = World()
     clear = "\r\033[K" if sys.stdout.isatty() else ""            # a line of text takes the place of the progress line
     log = (lambda line: print(f"{clear}{line}", flush=True)) if world.rank == 0 else (lambda line: None)
