@@ -10,6 +10,7 @@ Differences from GRPO:
    of GPUs cannot change the gradient, Eq. (4)                                                            [ours]
 5. A phase ends early when the effective sample size falls, Eq. (5)                                       [ours]
 6. Log-probs come from hidden states in slices of the vocabulary; the [tokens, vocabulary] logits never exist.  [ours]
+7. A prompt is computed once for all of its responses, where that saves much.                             [ours]
 
     python rapid.py                                          # self-demonstration on a CPU: memory, time, bias
     python rapid.py --head 8192 1536 151936 256 --repeats 1  # the head of Qwen2.5-1.5B: 15 GiB and 10 minutes
@@ -24,10 +25,9 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 # Dims: N responses, T response tokens (padded), M packed response tokens, G responses per group, L tokens of a padded
-# sequence (prompt and response), D width, V vocabulary, v one slice of it.
+# sequence (prompt and response), P prompts, W their padded width, D width, V vocabulary, v one slice of it.
 
 
 @dataclass
@@ -217,31 +217,73 @@ def check_head(model):
                          "allowed: None or 1 and no bias, choose another model")
 
 
-def score(model, rollouts, *, temperature=1.0, chunk=256):
+def pad(rows, device, dtype=torch.long):
+    """Lists of different lengths -> their values [N, T], 0 at padding on the right, and mask [N, T], False there."""
+    lengths = torch.tensor([len(row) for row in rows])[:, None]                      # [N, 1]
+    mask = torch.arange(int(lengths.max())) < lengths                                # [N, T]
+    flat = torch.tensor([x for row in rows for x in row], dtype=dtype)               # [M]
+    return torch.zeros(mask.shape, dtype=dtype).masked_scatter(mask, flat).to(device), mask.to(device)
+
+
+def score(model, rollouts, *, temperature=1.0, chunk=256, share_prompts=True):
     """log pi and entropy of every response token -> logp [N, T], entropy [N, T], mask [N, T] (zeros at padding).
 
     rollouts: anything with .prompt and .response. The mask comes from lengths alone: an id that equals the padding id
     is a token like any other. The head runs at response positions only, all under the caller's autocast and grad mode.
+    share_prompts: a prompt is computed once for all of its responses, where that saves a quarter of the positions.
     """
     check_head(model)
-    weight = model.get_output_embeddings().weight                                    # [V, D]
     for k, item in enumerate(rollouts):
         if not item.prompt or not item.response:
             raise ValueError(f"rollouts[{k}]: empty prompt or response; both need at least one token")
-    prompts, lengths = torch.tensor([(len(r.prompt), len(r.response)) for r in rollouts]).T[..., None]  # [N, 1] both
-    ids = pad_sequence([torch.tensor(item.prompt + item.response) for item in rollouts], batch_first=True)  # [N, L]
-    position = torch.arange(ids.shape[1])                                            # [L]
-    # position t predicts token t + 1, so a response is read off from the prompt's last position on
-    predicts = (position >= prompts - 1) & (position < prompts + lengths - 1)        # [N, L]
-    targets = ids.roll(-1, 1)[predicts].to(weight.device)                            # [M]
+    weight = model.get_output_embeddings().weight                                    # [V, D]
+    targets, mask = pad([item.response for item in rollouts], weight.device)         # [N, T] each
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    # no attention mask: padding is on the right, where a causal model cannot see it, and kernels are faster without
-    hidden = backbone(input_ids=ids.to(weight.device), use_cache=False).last_hidden_state  # [N, L, D]
-    hidden = hidden[predicts.to(weight.device)]                                      # [M, D]
-    packed = logps_and_entropy(hidden, weight, targets, temperature=temperature, chunk=chunk)  # [M], [M]
-    mask = (torch.arange(int(lengths.max())) < lengths).to(weight.device)            # [N, T]
+    prompts = list(dict.fromkeys(tuple(item.prompt) for item in rollouts))           # P different ones
+    together = len(prompts) * max(map(len, prompts)) + mask.numel()                  # padded positions
+    apart = len(rollouts) * max(len(item.prompt) + len(item.response) for item in rollouts)
+    if share_prompts and together <= 0.75 * apart and cache_is_all(model):
+        hidden = _hidden_of_shared_prompts(backbone, rollouts, mask, prompts)        # [M, D]
+    else:
+        # no attention mask: padding is on the right, where a causal model cannot see it, and kernels are faster without
+        ids, _ = pad([item.prompt + item.response for item in rollouts], weight.device)  # [N, L]
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state          # [N, L, D]
+        # position t predicts token t + 1, so a response is read off from the prompt's last position on
+        before = torch.tensor([len(item.prompt) - 1 for item in rollouts], device=weight.device)  # [N]
+        row, t = mask.nonzero(as_tuple=True)                                         # [M] each
+        hidden = hidden[row, before[row] + t]                                        # [M, D]
+    packed = logps_and_entropy(hidden, weight, targets[mask], temperature=temperature, chunk=chunk)  # [M], [M]
     logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in packed)  # [N, T] each
     return logp, entropy, mask
+
+
+def _hidden_of_shared_prompts(backbone, rollouts, mask, prompts):
+    """Hidden states [M, D] that predict the response tokens, each of the P prompts computed once: its keys and values
+    serve all of its responses, whose gradients meet in them."""
+    which = torch.tensor([prompts.index(tuple(item.prompt)) for item in rollouts], device=mask.device)  # [N]
+    ids, seen = pad(prompts, mask.device)                                            # [P, W] each
+    first = backbone(input_ids=ids, use_cache=True)
+    length, cache = seen.sum(1)[which], first.past_key_values                        # [N]
+    hidden = first.last_hidden_state[which, length - 1][:, None]                     # [N, 1, D]
+    if mask.shape[1] > 1:                                        # a response's last token predicts nothing: left out
+        cache.batch_select_indices(which)
+        tokens, _ = pad([item.response[:-1] for item in rollouts], mask.device)      # [N, T-1]
+        # a prompt's padding lies between it and its responses, which must not see it
+        visible = torch.cat([seen[which], torch.ones_like(mask[:, 1:])], 1).long()   # [N, W+T-1]
+        later = backbone(input_ids=tokens, attention_mask=visible, past_key_values=cache, use_cache=True,
+                         position_ids=length[:, None] + torch.arange(tokens.shape[1], device=mask.device))
+        hidden = torch.cat([hidden, later.last_hidden_state], 1)                     # [N, T, D]
+    return hidden[mask]
+
+
+def cache_is_all(model):
+    """Do keys and values hold all that the model keeps of the past? Not with recurrent states or attention windows,
+    and with gradient checkpointing transformers keeps none."""
+    config = getattr(model.config, "text_config", None) or model.config
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = getattr(config, "layer_types", None) or ["window" if any(windows) else "full_attention"]
+    checkpointing = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    return set(kinds) == {"full_attention"} and not getattr(model, "_is_stateful", False) and not checkpointing
 
 
 # ---- 4. one update --------------------------------------------------------------------------------------------------
@@ -311,7 +353,7 @@ def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.
 def _loss_parts(scorer, model, items, *, algo, eta, level, temperature, chunk, clip):
     """Score one micro-batch -> logp, mu, mask [n, T], wc, each response's weight in Eq. (2) [n], metrics."""
     logp, entropy, mask = (scorer or score)(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
-    mu = pad_sequence([torch.tensor(item.mu, dtype=logp.dtype) for item in items], batch_first=True).to(logp)  # [n, T]
+    mu, _ = pad([item.mu for item in items], logp.device, logp.dtype)                # [n, T]
     w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
     # Eq. (2) has one weight per response: with token-level weights the mean over the response's tokens (GRPO: 1)
     weight = wc if wc.dim() == 1 else (mask if algo == "grpo" else wc).sum(1) / mask.sum(1)  # [n]

@@ -535,7 +535,8 @@ class World:
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             part.set_gradient_divide_factor(1.0)                 # FSDP's mean would be wrong: see sum_gradients
             part.set_force_sum_reduction_for_comms(True)         # a plain sum, which gloo can do too
-        model.score = lambda rollouts, **how: rapid.score(model, rollouts, **how)
+        # Prompts are not shared: that takes two passes, or one, by what a micro-batch holds, and ranks hold different ones.
+        model.score = lambda rollouts, **how: rapid.score(model, rollouts, share_prompts=False, **how)
         register_fsdp_forward_method(model, "score")
         self.sharded = model
 
@@ -1885,7 +1886,8 @@ def launch(argv):
     engine = VLLMEngine(cfg, model, text, world, log) if engine_name == "vllm" else HFEngine(cfg, model, text)
     if cfg.eval_only:
         return run.evaluation(*evaluate(cfg, engine, text, tests, State(), world), "responses.jsonl")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+                                  fused=True)
     queue = Queue(cfg, items)
     state = run.restore(saved, optimizer, queue) if cfg.resume else State(token_budget=cfg.tokens_per_microbatch)
 

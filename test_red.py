@@ -990,7 +990,18 @@ def small_model(kind="qwen2", **changes):
     sizes = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind](**sizes | changes)
-    return transformers.AutoModelForCausalLM.from_config(config).double()
+    return truly_double(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def truly_double(model):
+    """The model in float64, its norms too: transformers computes those in float32 whatever the weights are."""
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(norm, module)
+    return model
 
 
 def toy_rollouts(groups=3, size=4, seed=0, model=None, shift=0.1):
@@ -1269,6 +1280,50 @@ def test_padding_and_end_ids_are_ordinary_tokens():
     rollouts = [Rollout([0, 1, 0], [0, 0, 1], [-3.0] * 3, 1.0), Rollout([0, 1, 0], [5, 1], [-3.0] * 2, 0.0)]
     logp, _, mask = rapid.score(model, rollouts)
     assert mask.tolist() == [[True, True, True], [True, True, False]] and (logp[mask] < 0).all()
+
+
+def positions_computed(model, rollouts, **settings):
+    """rapid.score's log-probs and entropies, the gradient of a weighted sum, and the positions that the decoder was given."""
+    model.zero_grad()
+    given = []
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    logp, entropy, mask = rapid.score(model, rollouts, **settings)
+    hook.remove()
+    (logp * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0), dtype=logp.dtype)).sum().backward()
+    return logp.detach(), entropy, torch.cat([p.grad.flatten() for p in model.parameters()]), given
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("longest", [1, 5])
+def test_sharing_prompts_changes_nothing_but_the_work(kind, longest):
+    """Prompts of 11, 4 and 9 tokens with 4, 1 and 3 responses, not in a row: each is computed once."""
+    model, rng = small_model(kind).train(), random.Random(1)
+    prompts = [[rng.randrange(37) for _ in range(n)] for n in (11, 4, 9)]
+    rollouts = [Rollout(prompts[k], [rng.randrange(37) for _ in range(rng.randint(1, longest))], [], 0.0) for k in (0, 2, 0, 1, 0, 2, 0, 2)]
+    *want, alone = positions_computed(model, rollouts, share_prompts=False)
+    *got, shared = positions_computed(model, rollouts)
+    for a, b in zip(got, want):
+        close(a, b, 1e-12)
+    most = max(len(x.response) for x in rollouts)
+    assert alone == [8 * max(len(x.prompt + x.response) for x in rollouts)] and shared == [3 * 11, 8 * (most - 1)][:2 if most > 1 else 1]
+
+
+def test_prompts_are_not_shared_where_a_cache_cannot_hold_the_past_or_little_is_saved():
+    import transformers
+    few, prompt = dict(vocab_size=37, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2), [3, 4, 5, 6, 7, 8]
+    rollouts = [Rollout(prompt, [9, 10], [], 0.0), Rollout(prompt, [9], [], 0.0)]
+    assert len(positions_computed(small_model(), rollouts)[-1]) == 2
+    windows = transformers.MistralForCausalLM(transformers.MistralConfig(**few, intermediate_size=48, sliding_window=4))
+    mixed = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**few, intermediate_size=48, head_dim=8, sliding_window=4))
+    recurrent = small_model()
+    recurrent._is_stateful = True
+    checkpointing = small_model().train()
+    checkpointing.gradient_checkpointing_enable()
+    for model in (windows, mixed, recurrent, checkpointing):
+        assert len(positions_computed(model, rollouts)[-1]) == 1, type(model).__name__
+    assert len(positions_computed(checkpointing.eval(), rollouts)[-1]) == 2
+    long = [Rollout(prompt, [9] * 30, [], 0.0), Rollout(prompt, [9] * 29, [], 0.0)]
+    assert len(positions_computed(small_model(), long)[-1]) == 1
 
 
 def test_the_sampled_end_token_is_trained():
@@ -2195,7 +2250,7 @@ def fake_groups(tiny, count, seed, size=4):
 
 def gradient(tiny, groups, world=None, budget=1 << 20, **changes):
     """(flat gradient, metrics) of red_gradients in float64 with a fresh State in which Lbar is 6 and lam is not 1."""
-    model = copy.deepcopy(tiny.model).double()
+    model = truly_double(copy.deepcopy(tiny.model))
     cfg = dataclasses.replace(tiny.cfg, **changes)
     state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0)
     metrics, e_on, e_off = red.red_gradients(cfg, model, tiny.items, groups, state, world or red.World())
@@ -2213,7 +2268,7 @@ def test_eq12_gradient_equals_a_slow_reference(tiny):
     """Eq. (1) to (12) written out sequence by sequence from whole logits, against red_gradients, in float64."""
     groups = fake_groups(tiny, 4, seed=1)
     got, metrics, _ = gradient(tiny, groups, baseline="group", shift_gamma=0.1)
-    model = copy.deepcopy(tiny.model).double()
+    model = truly_double(copy.deepcopy(tiny.model))
     on, off, h_on, h_off = 0.0, 0.0, [], []
     for i, rollouts in groups:
         scored = [naive_logp(model, r.prompt, r.response) for r in rollouts]
@@ -2324,7 +2379,7 @@ def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn(19, 96, generator=torch.Generator().manual_seed(1)) / 10)
         model.config.tie_word_embeddings = False
-    model = model if "dtype" in changes else model.double()
+    model = model if "dtype" in changes else truly_double(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--lr", "1e-3"])
@@ -2407,7 +2462,7 @@ def test_shards_make_the_update_of_one_rank(sharded, case):
 
 def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(sharded):
     """Rank 0's own part of the gradient is fine. No rank steps, and the weights are those of the start."""
-    got, start = sharded["poisoned"], red.tiny_model(3)[0].double()
+    got, start = sharded["poisoned"], truly_double(red.tiny_model(3)[0])
     assert [(held["skipped"], held["grads"]) for held in got["held"]] == [(True, 0)] * 2 and not got["moments"]
     assert math.isinf(got["metrics"]["grad_norm"])
     for name, weight in start.named_parameters():
@@ -3862,7 +3917,7 @@ def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=1
             trainer.train()
     else:
         engine = red.HFEngine(red.Config(sample_rows=1024), model, SimpleNamespace(stops={tokenizer.eos_token_id}))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)   # TRL's default is fused too
         ids = [tokenizer(chain)["input_ids"] for chain in chains]
         for first in range(0, warm + updates + 1, updates_per_phase):
             for h in range(updates_per_phase):
@@ -3878,7 +3933,8 @@ def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=1
                     mean_length = sum(len(r.response) for r in rollouts) / len(rollouts)
                 model.train()
                 rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4,
-                             denominator=4 * prompts * mean_length)
+                             denominator=4 * prompts * mean_length,
+                             token_budget=red.PRESETS["builtin"]["tokens_per_microbatch"])
     silent = np.mean([len(set(rewards[k:k + 4])) == 1 for k in range(0, len(rewards), 4)])
     return 4 * prompts * updates / (marks[warm + updates] - marks[warm]), sum(lengths) / len(lengths), silent
 
