@@ -108,8 +108,8 @@ class Config:
     policy_shift: str = opt("accuracy", "Eq. (8): accuracy | accuracy-reversed | on-policy | off-policy",
                             allowed="accuracy accuracy-reversed on-policy off-policy")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest weight beta of the teacher", allowed=(0, 1))
-    trace_fraction: float = opt(-1.0, "red: share of an update's prompts drawn from those with a trace; "
-                                      "-1: as the data has them", allowed=(0, 1))
+    traces: int = opt(0, "red: traces per update over all ranks, drawn from all problems that have one; "
+                         "0: those of the update's own prompts", allowed=0)
 
     # There is no top-k and no top-p: Eq. (1) compares pi with the very distribution that sampled, so neither is cut.
     temperature: float = opt(1.0, "sampling temperature of rollouts, and of log pi in training", "Sampling",
@@ -165,7 +165,7 @@ class Config:
 # where a trace wants it, which gamma = 0.1 in Eq. (8) would give 3e-4 of its gradient; gamma = 0.001 keeps it alive.
 PRESETS = {
     "builtin": dict(prompts=32, group=4, updates_per_phase=4, min_ess=0.5, shift_gamma=0.001, traced_problems=400,
-                    trace_fraction=0.5, updates=400, lr=1e-3, warmup=5, cooldown=240, max_prompt_tokens=32,
+                    traces=32, updates=400, lr=1e-3, warmup=5, cooldown=240, max_prompt_tokens=32,
                     max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768, eval_every=100, samples=4,
                     eval_temperature=1.0, save_every=100, show_every=100, threads=1, instruction=""),
     # [RED]: the model, and 8 rollouts beside the traces of OpenR1-Math-46k-8192. [ours]: the rest; its 4,096 tokens of
@@ -195,11 +195,10 @@ class Interrupted(Exception):
 
 def validate(cfg):
     """Refuse impossible settings before anything is loaded. Stop: flag, what was found, what is allowed, the remedy."""
-    remarks = {"group": "; a group of one is its own mean and has no advantage", "off_weight": ", or dynamic",
-               "trace_fraction": ", or -1 for the data's own share"}
+    remarks = {"group": "; a group of one is its own mean and has no advantage", "off_weight": ", or dynamic"}
     for f in dataclasses.fields(cfg):
         value, allowed = getattr(cfg, f.name), f.metadata["allowed"]
-        if allowed is None or (f.name, value) in (("off_weight", "dynamic"), ("trace_fraction", -1.0)):
+        if allowed is None or (f.name, value) == ("off_weight", "dynamic"):
             continue
         if isinstance(allowed, str) and f.name != "off_weight":
             if value not in allowed.split():
@@ -1004,24 +1003,17 @@ def seed_of(*names):
 
 
 class Queue:
-    """Problems in random order, epoch after epoch, none lost and none twice; two pools where --trace-fraction asks.
+    """Problems in random order, epoch after epoch, none lost and none twice: pool `all` for rollouts, `traced` for
+    traces.
 
+    Rollouts do not meet the few problems with a trace more often than others: that would narrow what RL trains on.
     `state`, per pool the epoch and the indices left in it, is all that a checkpoint needs: the order comes from seeds.
     """
 
     def __init__(self, cfg, items):
-        # RL alone has no use for traces: meeting those few problems more often would only narrow what it trains on.
-        self.seed, self.share = cfg.seed, {"sft": 1.0, "red": cfg.trace_fraction}.get(cfg.algo, -1.0)
-        self.pools = {"traced": [i for i, x in enumerate(items) if x.traces],
-                      "plain": [i for i, x in enumerate(items) if not x.traces]}
-        if self.share < 0 or not self.pools["traced"] or not (self.pools["plain"] or cfg.algo == "sft"):
-            self.share, self.pools = 1.0, {"traced": list(range(len(items))), "plain": []}      # one pool of all
+        self.seed = cfg.seed
+        self.pools = {"all": list(range(len(items))), "traced": [i for i, x in enumerate(items) if x.traces]}
         self.state = {name: {"epoch": 0, "left": []} for name in self.pools}
-
-    def draw(self, n):
-        """Indices of one update's n problems."""
-        traced = round(n * self.share)
-        return self.take("traced", traced) + self.take("plain", n - traced)
 
     def take(self, name, n):
         """The next n indices of a pool, from as many epochs as that takes."""
@@ -1035,11 +1027,20 @@ class Queue:
             taken, state["left"] = taken + state["left"][:more], state["left"][more:]
         return taken
 
+    def traces(self, n, rewards):
+        """The next n of the traced pool, less those whose newest group was all right: their A_off of Eq. (10) is 0.
+
+        rewards: {index: those of its newest group}. Fewer than n where fewer problems are open.
+        """
+        retired = {i for i, row in rewards.items() if min(row) == 1}
+        taken, n = [], min(n, len(set(self.pools["traced"]) - retired))
+        while len(taken) < n:
+            taken += [i for i in self.take("traced", 1) if i not in retired]
+        return taken
+
     def give_back(self, indices):
         """Problems of an ended phase that no update has used: next in line."""
-        for name, pool in self.pools.items():
-            members = set(pool)
-            self.state[name]["left"] = [i for i in indices if i in members] + self.state[name]["left"]
+        self.state["all"]["left"] = indices + self.state["all"]["left"]
 
 
 # ---------------------------------------------------------------------------------------------------------- one update
@@ -1102,15 +1103,19 @@ def sft_gradients(cfg, model, items, indices, state, world):
     return dict(loss=sums["loss"], entropy_off=sums["entropy_sum"] / tokens, traces=len(traces))
 
 
-def offline_traces(cfg, items, groups, update):
-    """A Trace for each group whose problem has any, its advantage of Eq. (10) and beta of Eq. (8) by the rewards."""
-    traces = []
-    for i, rollouts in groups:
-        if items[i].traces:
-            rewards = [r.reward for r in rollouts]
-            beta = teacher_weight(sum(rewards) / len(rewards), cfg.policy_shift, cfg.shift_gamma)
-            traces.append(Trace(items[i].prompt, pick_trace(cfg, items, i, update), offline_advantage(rewards), beta))
-    return traces
+def offline_traces(cfg, items, groups, state, world):
+    """This rank's Traces of one update, each with its advantage of Eq. (10) and beta of Eq. (8) by a group's rewards.
+
+    The group is the problem's own of this update, or with --traces its newest one; a problem that was never sampled
+    counts as all wrong. [ours]
+    """
+    if cfg.traces:
+        found = [(i, state.rewards.get(i, [0.0] * cfg.group)) for i in state.traced[world.rank::world.size]]
+    else:
+        found = [(i, [r.reward for r in rollouts]) for i, rollouts in groups if items[i].traces]
+    return [Trace(items[i].prompt, pick_trace(cfg, items, i, state.update + 1), offline_advantage(rewards),
+                  teacher_weight(sum(rewards) / len(rewards), cfg.policy_shift, cfg.shift_gamma))
+            for i, rewards in found]
 
 
 def red_gradients(cfg, model, items, groups, state, world):
@@ -1125,7 +1130,7 @@ def red_gradients(cfg, model, items, groups, state, world):
 
     # 1. The offline term, Eq. (8) to (11), alone in p.grad, then set aside.
     if cfg.algo == "red":
-        traces = offline_traces(cfg, items, groups, update)
+        traces = offline_traces(cfg, items, groups, state, world)
         total = sum(world.gather(len(traces)))                           # M of Eq. (11), over all ranks
         if total:
             off = world.sum(accumulate_traces(model, traces, shifted_per_trace(total), cfg.temperature,
@@ -1296,6 +1301,8 @@ class State:
     phase: int = 0                 # inference phases drawn
     plan: list = field(default_factory=list)      # problem indices of each update left in this phase, over all ranks
     batches: list = field(default_factory=list)   # this rank's (index, rollouts) of each: sampled, verified, not used
+    traced: list = field(default_factory=list)    # --traces: the problems of this update's traces, over all ranks
+    rewards: dict = field(default_factory=dict)   # --traces: of each problem with a trace, those of its newest group
     lbar: float = 0.0              # Lbar of Eq. (4): mean response length of the phase
     e_on: float | None = None      # e(k) of Eq. (6)
     e_off: float | None = None
@@ -1580,7 +1587,7 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
     """
     start, before = clock(cfg), json.dumps(queue.state)
     phase_updates = min(cfg.updates_per_phase, cfg.updates - state.update)
-    plan = [queue.draw(cfg.prompts) for _ in range(phase_updates)]
+    plan = [queue.take("all", cfg.prompts) for _ in range(phase_updates)]
     # Problem k of update h, its index i. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
     mine = [(h, k, i) for h, indices in enumerate(plan) for k, i in enumerate(indices) if k % world.size == world.rank]
     try:
@@ -1600,6 +1607,10 @@ def draw_phase(cfg, engine, text, items, queue, state, world, stopped):
             counts["tokens"] += len(s.ids)
             counts["responses"] += 1
             counts["verdict_" + reason] = counts.get("verdict_" + reason, 0) + 1
+    if cfg.algo == "red" and cfg.traces:     # sorted into the plan's order: of two groups of a problem the later counts
+        seen = [(*place, [float(reason == "correct") for *_, reason in group])
+                for place, group in zip(mine, judged) if items[place[-1]].traces]
+        state.rewards.update({i: rewards for *_, i, rewards in sorted(sum(world.gather(seen), []))})
     counts = world.sum(counts)
     state.lbar = counts["tokens"] / counts["responses"]                  # Lbar of Eq. (4): one constant per phase
     return dict(phase=state.phase, sample_seconds=clock(cfg) - start - verify_seconds, verify_seconds=verify_seconds,
@@ -1660,7 +1671,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             # 3. Inference: a new phase when the last one is used up. mu of Eq. (1) is the policy as it is now.
             start, phase = clock(cfg), {}
             if cfg.algo == "sft":
-                state.plan = [queue.draw(cfg.prompts)]
+                state.plan = [queue.take("traced", cfg.prompts)]
             elif not state.batches:
                 phase = draw_phase(cfg, engine, text, items, queue, state, world, stopped)
 
@@ -1668,6 +1679,8 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             warmed, left = (state.update + 1) / max(1, cfg.warmup), (cfg.updates - state.update) / max(1, cfg.cooldown)
             for g in optimizer.param_groups:
                 g["lr"] = cfg.lr * min(1.0, warmed, left)
+            if cfg.algo == "red":
+                state.traced = queue.traces(cfg.traces, state.rewards)
             metrics = take_update(cfg, model, optimizer, items, state, world, log)
             state.plan.pop(0)
             used = state.batches.pop(0) if state.batches else []

@@ -2229,7 +2229,7 @@ def test_eq9_imitation_at_gamma_one():
 def tiny():
     """Model, Text, Config and Items of the built-in task, untrained."""
     model, tokenizer = red.tiny_model(3)
-    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none"])
+    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0"])
     text = red.Text(tokenizer, model, "")
     items = red.encode(cfg, text, data.chains(12, seed=5), 128, print)
     return types.SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=items)
@@ -2252,7 +2252,8 @@ def gradient(tiny, groups, world=None, budget=1 << 20, **changes):
     """(flat gradient, metrics) of red_gradients in float64 with a fresh State in which Lbar is 6 and lam is not 1."""
     model = truly_double(copy.deepcopy(tiny.model))
     cfg = dataclasses.replace(tiny.cfg, **changes)
-    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0)
+    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, traced=[7, 2, 9, 4, 8],
+                      rewards={7: [0.0, 1.0, 0.0, 0.0], 4: [1.0, 1.0, 0.0, 1.0]})        # of use with --traces alone
     metrics, e_on, e_off = red.red_gradients(cfg, model, tiny.items, groups, state, world or red.World())
     return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics, model
 
@@ -2318,11 +2319,11 @@ import sys, types, torch
 sys.path[:0] = [{here!r}, {parts!r}]
 import red, {module} as t
 model, tokenizer = red.tiny_model(3)
-cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none"])
+cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0"])
 text = red.Text(tokenizer, model, "")
 tiny = types.SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=red.encode(cfg, text, t.data.chains(12, seed=5), 128, print))
 world = red.World()
-g, metrics, _ = t.gradient(tiny, t.fake_groups(tiny, 4, seed=4)[world.rank::world.size], world=world)
+g, metrics, _ = t.gradient(tiny, t.fake_groups(tiny, 4, seed=4)[world.rank::world.size], world=world, traces={traces})
 if world.rank == 0:
     torch.save((g, metrics), sys.argv[1])
 """
@@ -2341,18 +2342,20 @@ def test_ranks_without_any_gradient_leave_adam_alone(monkeypatch):
     assert torch.equal(p.grad, torch.zeros(2)) and len(summed) == 1
 
 
-def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
-    """Two gloo processes with half of the groups each: the same gradient, lam and metrics as one, in float64."""
+@pytest.mark.parametrize("traces", [0, 5])
+def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, traces):
+    """Two gloo processes with half of the groups each: the same gradient, lam and metrics as one, in float64; with
+    --traces half of those traces too, 3 and 2."""
     script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT.format(here=str(HERE), parts=str(pathlib.Path(__file__).parent), module=pathlib.Path(__file__).stem))
+    script.write_text(RANK_SCRIPT.format(here=str(HERE), parts=str(pathlib.Path(__file__).parent), module=pathlib.Path(__file__).stem, traces=traces))
     port = 20000 + os.getpid() % 20000
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([sys.executable, script, tmp_path / "out.pt"], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
     assert [r.wait(timeout=120) for r in ranks] == [0, 0]
     got, metrics = torch.load(tmp_path / "out.pt")
-    wanted, alone, _ = gradient(tiny, fake_groups(tiny, 4, seed=4))
-    assert (got - wanted).norm() / wanted.norm() < 1e-9
-    for name in ("lam", "ess", "entropy", "entropy_off", "reward", "loss", "loss_off", "length", "max_abs_logw"):
+    wanted, alone, _ = gradient(tiny, fake_groups(tiny, 4, seed=4), traces=traces)
+    assert alone["traces"] == (traces or 4) and (got - wanted).norm() / wanted.norm() < 1e-9
+    for name in ("lam", "ess", "entropy", "entropy_off", "reward", "loss", "loss_off", "length", "max_abs_logw", "traces"):
         assert metrics[name] == pytest.approx(alone[name], rel=1e-9), name
 
 
@@ -2382,7 +2385,7 @@ def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=
     model = model if "dtype" in changes else truly_double(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--lr", "1e-3"])
+    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0", "--lr", "1e-3"])
     cfg = dataclasses.replace(cfg, **changes)
     items = red.encode(cfg, red.Text(tokenizer, model, ""), data.chains(12, seed=5), 128, print)
     items = [x if i in traced else dataclasses.replace(x, traces=[]) for i, x in enumerate(items)]
@@ -2669,16 +2672,20 @@ def test_template_without_system_role_and_no_template(chat):
 
 
 def test_queue_loses_and_repeats_nothing(tiny):
-    """24 draws of a pool of 12, with a phase given back in between: every problem is used exactly twice per two epochs."""
-    cfg = dataclasses.replace(tiny.cfg, trace_fraction=-1.0)
-    queue, used = red.Queue(cfg, tiny.items), []
-    used += queue.draw(5)
-    unused = queue.draw(4) + queue.draw(2)
+    """24 draws of a pool of 12, with a phase given back in between: every problem is used exactly twice per two epochs.
+    Traces drawn in between are another pool's: they change nothing of it, and no trace is lost or twice either."""
+    items = [dataclasses.replace(x, traces=[]) if i >= 5 else x for i, x in enumerate(tiny.items)]
+    queue, used, traced = red.Queue(tiny.cfg, items), [], []
+    used += queue.take("all", 5)
+    traced += queue.traces(3, {})
+    unused = queue.take("all", 4) + queue.take("all", 2)
     queue.give_back(unused)
-    assert queue.draw(4) == unused[:4]
-    used += unused[:4] + queue.draw(3)
-    assert sorted(used) == list(range(12))
-    assert sorted(queue.draw(12)) == list(range(12)) and queue.state["traced"]["epoch"] == 2
+    traced += queue.traces(2, {})
+    assert queue.take("all", 4) == unused[:4]
+    used += unused[:4] + queue.take("all", 3)
+    assert sorted(used) == list(range(12)) and sorted(traced) == list(range(5))
+    assert sorted(queue.take("all", 12)) == list(range(12)) and queue.state["all"]["epoch"] == 2
+    assert sorted(queue.traces(5, {})) == list(range(5)) and queue.state["traced"]["epoch"] == 2
 
 
 def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
@@ -2690,16 +2697,51 @@ def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
     assert [(k, len(p)) for k, p in tests.values()] == [(1, 1), (4, 2)]
 
 
-def test_queue_pools_keep_their_share(tiny):
-    items = [dataclasses.replace(x, traces=[]) if i >= 3 else x for i, x in enumerate(tiny.items)]
-    queue = red.Queue(dataclasses.replace(tiny.cfg, trace_fraction=0.5), items)
-    for _ in range(6):
-        drawn = queue.draw(4)
-        assert sum(i < 3 for i in drawn) == 2
-    assert all(i < 3 for i in red.Queue(dataclasses.replace(tiny.cfg, algo="sft"), items).draw(7))
-    # RL alone has no use for traces and must not meet those few problems more often: an epoch holds each problem once
-    rapid_queue = red.Queue(dataclasses.replace(tiny.cfg, algo="rapid", trace_fraction=0.5), items)
-    assert sorted(rapid_queue.draw(len(items))) == list(range(len(items)))
+def test_a_retired_problem_brings_no_trace_until_it_is_wrong_again(tiny):
+    """Of 5 problems with a trace 2 are all right: the other 3 take turns, the never sampled among them; a right response among wrong ones
+    retires nothing. Once the 2 fail again all 5 take turns; none is drawn while all are right."""
+    items = [dataclasses.replace(x, traces=[]) if i >= 5 else x for i, x in enumerate(tiny.items)]
+    queue, rewards = red.Queue(tiny.cfg, items), {0: [1.0, 1.0], 2: [1.0, 0.0], 3: [0.0, 0.0], 4: [1.0, 1.0], 9: [1.0, 1.0]}
+    assert all(sorted(queue.traces(3, rewards)) == [1, 2, 3] for _ in range(4))
+    assert sorted(queue.traces(16, rewards)) == [1, 2, 3] and queue.traces(16, {i: [1.0] for i in range(5)}) == []
+    rewards |= {0: [1.0, 0.0], 4: [0.0, 0.0]}
+    assert set(queue.traces(5, rewards) + queue.traces(5, rewards)) == set(range(5))
+
+
+def scripted(tiny, right):
+    """An engine that answers prompt k of a call with len(right[k]) responses, right where right[k] says so."""
+    boxed = lambda item, good: tiny.text.trace("\\boxed{" + str((int(item.problem.gold) + 1 - good) % 10) + "}")
+    by_prompt = {tuple(x.prompt): x for x in tiny.items}
+    answer = lambda prompt, row: [red.Sample(ids, [0.0] * len(ids), True) for ids in (boxed(by_prompt[tuple(prompt)], r) for r in row)]
+    return types.SimpleNamespace(model=None, push=lambda model: None,
+                                 generate=lambda prompts, **_: [answer(p, next(right)) for p in prompts])
+
+
+def test_traces_are_weighed_by_the_newest_group_of_their_problem(tiny):
+    """Eq. (8), (10) with --traces, two phases of 2 x 4 of 12 problems: what counts is the later group of a problem,
+    all wrong where there was none, whatever groups the update itself has; adv_off and rho against the plain formulas."""
+    cfg = dataclasses.replace(tiny.cfg, traces=3, shift_gamma=0.5)
+    items = [dataclasses.replace(x, traces=[]) if i >= 9 else x for i, x in enumerate(tiny.items)]
+    rng, queue, state, newest = random.Random(2), red.Queue(cfg, items), red.State(token_budget=1 << 20), {}
+    for _ in range(2):
+        state.batches, rows = [], [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
+        red.draw_phase(cfg, scripted(tiny, iter(rows)), tiny.text, items, queue, state, red.World(), lambda: False)
+        newest |= dict(zip(sum(state.plan, []), rows))
+    assert len(newest) == 12 and state.rewards == {i: row for i, row in newest.items() if i < 9}
+    del state.rewards[3]                                         # as if never sampled
+    state.traced = [3, 5, 7]
+    metrics, *_ = red.red_gradients(cfg, copy.deepcopy(tiny.model), items, state.batches[0], state, red.World())
+    advantages, rho, tokens = [], 0.0, 0
+    for i in state.traced:
+        row = [0] * 4 if i == 3 else newest[i]
+        p = (sum(row) + 1) / 5
+        advantages.append((1 - p) / math.sqrt(p * (1 - p)) if p < 1 else 0.0)
+        beta = 0.5 * (1 - sum(row) / 4)
+        trace = items[i].traces[0]
+        pi = naive_logp(tiny.model, items[i].prompt, trace)[0].exp()
+        rho, tokens = rho + (pi / (beta + (1 - beta) * pi)).sum().item(), tokens + len(trace)
+    assert metrics["adv_off"] == pytest.approx(np.mean(advantages), rel=1e-4) and metrics["traces"] == 3
+    assert metrics["rho"] == pytest.approx(rho / tokens, rel=1e-4)
 
 
 def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
@@ -2817,6 +2859,21 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, step):
     assert same(weights(tmp_path / "b"), weights(folder / "a"))
     strip = lambda rows: [{k: v for k, v in r.items() if "second" not in k} for r in rows]
     assert strip(rows_of(tmp_path / "b")) == strip(rows_of(folder / "a"))
+
+
+def test_resumed_run_remembers_the_groups_of_its_traces(folder, tmp_path):
+    """--traces on 12 problems, so that later traces are weighed by groups of a phase before the checkpoint."""
+    few = [*SMALL, "--limit", "12", "--group", "8", "--traces", "6", "--save-every", "1", "--keep", "9", "--lr", "1e-2", "--warmup", "1"]
+    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "b"), *few]) == 0
+    saved = torch.load(tmp_path / "b" / "checkpoints" / "000004" / "trainer.pt", weights_only=True)["state"]
+    assert any(max(row) == 1 for row in saved["rewards"].values())       # else a forgotten group would change nothing
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    for cut in ("000005", "000004"):
+        shutil.rmtree(tmp_path / "c" / "checkpoints" / cut)
+    shutil.rmtree(tmp_path / "c" / "model")
+    assert red.main(["--resume", str(tmp_path / "c")]) == 0
+    assert same(weights(tmp_path / "c"), weights(tmp_path / "b"))
+    assert [r.get("adv_off") for r in rows_of(tmp_path / "c")] == [r.get("adv_off") for r in rows_of(tmp_path / "b")]
 
 
 def test_resume_says_what_differs(folder, tmp_path, capsys):
@@ -2985,7 +3042,7 @@ def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
     (["--algo", "ppo"], "--algo: found 'ppo', allowed are red, rapid, grpo, sft"),
     (["--off-weight", "much"], "--off-weight: found much, allowed is 0 or more, or dynamic"),
     (["--off-weight", "1e"], "--off-weight: found 1e, allowed is 0 or more, or dynamic"),
-    (["--trace-fraction", "1.5"], "--trace-fraction: found 1.5, allowed is 0 to 1, or -1"),
+    (["--traces", "-1"], "--traces: found -1, allowed is 0 or more"),
     (["--shift-gamma", "nan"], "--shift-gamma: found nan"),
     (["--preset", "huge"], "--preset: found 'huge'"),
     (["--model", "M"], "--train: missing"),
