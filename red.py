@@ -9,7 +9,7 @@ What differs from GRPO:
 2. The group value of Eq. (2) is importance-weighted too. There is no KL term and no reference model.
 3. A response counts by its tokens over one constant per phase (Eq. 3, 4), so neither short nor long ones are favoured.
 4. A prompt that comes with a distilled trace adds the offline term of Eq. (8) to (11): the trace's advantage is taken
-   in the model's own group, its behaviour probability from the group's accuracy.
+   in the model's own group, its behaviour probability from the group's accuracy. With --traces they are drawn apart.
 5. Eq. (6) and (7) weigh that term by how much each side still moves the entropy; Eq. (12) is the sum.
 
     python red.py                                                   the built-in task, on a laptop, in minutes
@@ -958,7 +958,7 @@ def load_problems(cfg, log):
         if source == "builtin":
             problems = data.chains(cfg.eval_limit or 400, seed=0)
         else:
-            problems = read(source, cfg.eval_limit)
+            problems = [dataclasses.replace(p, traces=()) for p in read(source, cfg.eval_limit)]
         kept, dropped = data.held_out(train, problems)
         if dropped:
             log(f"{source}: {len(dropped)} problems are in the training data too and left out "
@@ -1466,6 +1466,13 @@ def sync(path):
     os.close(handle)
 
 
+def run_record(path):
+    """config.json of a run directory; {} for any other, such as a model's, whose config.json has no settings."""
+    file = path / "config.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    return record if "settings" in record else {}
+
+
 def read_runs(paths):
     """Run directories -> {label: [rows of metrics.jsonl, one list per run]}; the label is the name less its -sSEED.
 
@@ -1474,12 +1481,12 @@ def read_runs(paths):
     groups = {}
     for path in map(Path, paths):
         rows, base = [], path
-        while base and (base / "metrics.jsonl").is_file():
+        while (record := run_record(base)) and (base / "metrics.jsonl").is_file():
             part = [json.loads(line) for line in open(base / "metrics.jsonl")]
             for row in rows:
                 row["seconds"] += part[-1]["seconds"]
             rows = rows or part
-            base = Path(json.loads((base / "config.json").read_text())["settings"]["model"] or "?")
+            base = Path(record["settings"]["model"] or "?")
         groups.setdefault(re.sub(r"-s\d+$", "", path.name), []).append(rows)
     return groups
 
@@ -1811,9 +1818,9 @@ def settle(cfg, given, world, log):
     if cfg.resume == "auto":
         found = sorted(Path("runs").glob("*/checkpoints"), key=lambda p: p.stat().st_mtime)
     path = found[-1].parent if found else Path(cfg.resume)
-    if not (path / "config.json").is_file():
+    record = run_record(path)
+    if not record:
         raise Stop(f"--resume: found no run in {path}; give a run directory that red.py has written")
-    record = json.loads((path / "config.json").read_text())
     saved = record["settings"]
     if record["ranks"] != world.size:
         log(f"{path} was started on {record['ranks']} ranks and goes on with {world.size}: "

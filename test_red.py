@@ -3269,7 +3269,10 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     """By hand: red ends at 100 s in the mean; sft -> rl took 20 + 60 s and has 0.7 then; grpo is at 0.4 at half its time."""
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
-    write_run(runs / "red-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 90.0, 0.8, 0.9, 0.7)], 90.0)
+    (tmp_path / "a-model").mkdir()                       # is not a run, whatever files it has
+    (tmp_path / "a-model" / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "a-model" / "metrics.jsonl").write_text("of somebody else")
+    write_run(runs / "red-s0", "a-model", [(0, 0.0, 0.3, 0.5, 0.1), (9, 90.0, 0.8, 0.9, 0.7)], 90.0)
     write_run(runs / "red-s1", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 110.0, 0.9, 1.0, 0.8)], 110.0)
     write_run(runs / "sft-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 20.0, 0.6, 0.6, 0.6)], 20.0)
     write_run(runs / "then-s0", "runs/sft-s0", [(0, 0.0, 0.6, 0.6, 0.6), (9, 60.0, 0.7, 0.8, 0.6)], 60.0)
@@ -3284,6 +3287,7 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     assert lines[4][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
     assert lines[5][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
     assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert red.main(["--resume", "a-model"]) == 2 and "found no run in a-model" in capsys.readouterr().err
     assert red.main(["--report", "runs"]) == 2 and "no trained and evaluated run in every runs" in capsys.readouterr().err
     # without --eval there is nothing to report, but a run's own curves
     rows = [line for line in (runs / "red-s0" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
