@@ -3711,15 +3711,15 @@ def test_vllm_three_phases_give_the_curve_of_transformers(builtin, tmp_path, mon
 
     monkeypatch.setattr(red, "VLLMEngine", one_for_all)
     monkeypatch.setattr(red, "draw_curves", lambda groups, path, log: None)
-    hf, vllm = (np.array([curve(builtin, engine, seed, tmp_path / f"{engine}{seed}") for seed in range(6)])
+    hf, vllm = (np.array([curve(builtin, engine, seed, tmp_path / f"{engine}{seed}") for seed in range(12)])
                 for engine in ("hf", "vllm"))                                                   # [seed, phase, metric]
-    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 6)                              # [phase, metric]
+    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 12)                              # [phase, metric]
     apart = (vllm.mean(0) - hf.mean(0)) / error                                                 # [phase, metric]
     print(f"reward, entropy, length\nhf\n{hf.mean(0).round(3)}\nvllm\n{vllm.mean(0).round(3)}\napart\n{apart.round(2)}")
     assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 10 * error[:, 0]), "reward moves too little to see anything"
     assert np.abs(apart).max() < 5, apart
     gaps = [row["abs_dlogp_on_policy"] for out in tmp_path.iterdir() for row in rows_of(out) if "phase" in row]
-    assert len(gaps) == 36 and max(gaps) < 1e-4
+    assert len(gaps) == 72 and max(gaps) < 1e-4
 
 
 # A line of the engines' table: (hidden, inner, layers, heads, vocabulary), prompts, new tokens, repeats.
