@@ -1822,6 +1822,10 @@ def settle(cfg, given, world, log):
     if not record:
         raise Stop(f"--resume: found no run in {path}; give a run directory that red.py has written")
     saved = record["settings"]
+    unknown = ", ".join(sorted(saved.keys() - {f.name for f in dataclasses.fields(Config)}))
+    if unknown:
+        raise Stop(f"--resume: {path} was written by another version of red.py, whose settings had {unknown}; "
+                   "go on with that version, or start a new run")
     if record["ranks"] != world.size:
         log(f"{path} was started on {record['ranks']} ranks and goes on with {world.size}: "
             "the same prompts and seeds, sums in another order")

@@ -3288,6 +3288,9 @@ def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path
     assert lines[5][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert red.main(["--resume", "a-model"]) == 2 and "found no run in a-model" in capsys.readouterr().err
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text('{"settings": {"lr": 0.1, "trace_fraction": 0.5}, "ranks": 1}')
+    assert red.main(["--resume", "older"]) == 2 and "another version of red.py, whose settings had trace_fraction;" in capsys.readouterr().err
     assert red.main(["--report", "runs"]) == 2 and "no trained and evaluated run in every runs" in capsys.readouterr().err
     # without --eval there is nothing to report, but a run's own curves
     rows = [line for line in (runs / "red-s0" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
