@@ -958,7 +958,7 @@ def load_problems(cfg, log):
         if source == "builtin":
             problems = data.chains(cfg.eval_limit or 400, seed=0)
         else:
-            problems = [dataclasses.replace(p, traces=()) for p in read(source, cfg.eval_limit)]
+            problems = read(source, cfg.eval_limit)
         kept, dropped = data.held_out(train, problems)
         if dropped:
             log(f"{source}: {len(dropped)} problems are in the training data too and left out "
@@ -966,6 +966,7 @@ def load_problems(cfg, log):
         if not kept:
             raise Stop(f"--eval: every problem of {source} is in the training data; give held-out problems")
         name = Path(source).stem
+        kept = [dataclasses.replace(p, traces=()) for p in kept]         # nothing in evaluation uses them
         tests[source if name in tests else name] = int(k or cfg.samples), kept
     return train, tests
 
@@ -1688,7 +1689,7 @@ def train(cfg, run, world, model, text, engine, items, tests, queue, optimizer, 
             warmed, left = (state.update + 1) / max(1, cfg.warmup), (cfg.updates - state.update) / max(1, cfg.cooldown)
             for g in optimizer.param_groups:
                 g["lr"] = cfg.lr * min(1.0, warmed, left)
-            if cfg.algo == "red":
+            if cfg.algo == "red" and cfg.traces:
                 state.traced = queue.traces(cfg.traces, state.rewards)
             metrics = take_update(cfg, model, optimizer, items, state, world, log)
             state.plan.pop(0)
