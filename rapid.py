@@ -1,38 +1,38 @@
-"""RAPID's update kernel: off-policy policy gradient on whole groups of responses, exact and without full logits.
-Needs torch only and can be copied alone: `update` is one optimizer step, `accumulate` its gradient.
+"""RAPID's update kernel: off-policy policy gradients on groups of sampled responses. Needs torch only; copy it alone.
 
-Differences from GRPO:
-1. One large sampling phase serves several updates; sequence weights w = pi/mu, clipped from above, correct for the
-   distance between the policy that sampled and the one that learns, Eq. (1)           [RAPID, arXiv 2510.03515]
-2. The group's value is importance-weighted too, Eq. (2); leave-one-out, the default, removes its bias    [RAPID, ours]
-3. No KL term and no PPO clip: the weighted policy gradient is the loss, Eq. (3) and (4)                  [RAPID]
-4. The loss is a sum over tokens divided by a constant known beforehand, so that micro-batches, padding and the number
-   of GPUs cannot change the gradient, Eq. (4)                                                            [ours]
-5. A phase ends early when the effective sample size falls, Eq. (5)                                       [ours]
-6. Log-probs come from hidden states in slices of the vocabulary; the [tokens, vocabulary] logits never exist.  [ours]
-7. A prompt is computed once for all of its responses, where that saves much.                             [ours]
+RAPID (arXiv 2510.03515) samples many responses at once and makes several updates from them: a phase. After the first
+update, the policy pi that learns is no longer the policy mu that sampled. Importance weights correct for that.
+B prompts per update, G responses per prompt (a group), H updates per phase, Lbar mean response length of the phase,
+r_i reward of response y_i, N importance weights, sg: no gradient flows through. [ours]: not from the paper.
 
-    python rapid.py                                          # self-demonstration on a CPU: memory, time, bias
-    python rapid.py --head 8192 1536 151936 256 --repeats 1  # the head of Qwen2.5-1.5B: 15 GiB and 10 minutes
+    Eq. (1)  w_i  = exp(sum_t [log pi(y_it) - log mu(y_it)]),  wc_i = min(w_i, eta),  eta = 2            [RAPID]
+    Eq. (2)  V    = (1/G) sum_j wc_j r_j                   value of the prompt                           [RAPID]
+             V_-i = (1/(G-1)) sum_{j != i} wc_j r_j        leave-one-out, without V's bias; the default  [ours]
+    Eq. (3)  A_i  = (r_i - V) / (std(r_1..r_G) + eps)      advantage; the division is optional           [RAPID]
+    Eq. (4)  L    = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar                       [RAPID; Lbar: ours]
+    Eq. (5)  ESS  = (sum_i w_i)^2 / (N sum_i w_i^2)        a phase ends early when it falls              [ours]
+
+B G Lbar is known before the first micro-batch, so micro-batches, padding and the number of GPUs cannot change the
+gradient. There is no KL term. GRPO's loss is here as a baseline. In another trainer, once per update:
+
+    rollouts = [Rollout(prompt_ids, response_ids, logps_of_the_sampler, reward), ...]        # group after group
+    metrics = rapid.update(model, optimizer, rollouts, group_size=G, denominator=B * G * Lbar)
+    sample_again = rapid.phase_over(rapid.summarise(metrics)["ess"], 0.5)
 """
-
-import argparse
 import math
-import multiprocessing
-import resource
-import time
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 
 import torch
 
-# Dims: N responses, T response tokens (padded), M packed response tokens, G responses per group, L tokens of a padded
-# sequence (prompt and response), P prompts, W their padded width, D width, V vocabulary, v one slice of it.
+# Dims: N responses, T response tokens (padded), K all response tokens in one row, G responses per group, L tokens of a
+# padded sequence (prompt and response), P prompts, W their padded width, D model width, V vocabulary, v a slice of it.
+
+GRPO_CLIP = 1 - 0.2, 1 + 0.28   # bounds of pi/mu; the upper one is wider, so that rare tokens can grow (DAPO)
 
 
 @dataclass
 class Rollout:
-    """One sampled response with what the sampler knew about it."""
+    """One sampled response and what the sampler knew about it. Any sequence of ints is a prompt or a response."""
     prompt: list[int]         # prompt token ids
     response: list[int]       # sampled ids; the end-of-sequence token belongs to it when it was sampled
     mu: list[float]           # log mu of each response token, as the sampler returned it
@@ -41,94 +41,103 @@ class Rollout:
 
 
 # ---- 1. log-probabilities without logits ----------------------------------------------------------------------------
-
 class _HeadLogps(torch.autograd.Function):
     """log pi(target) and entropy, one slice of the vocabulary at a time, with a hand-written backward.
 
     Slices of the vocabulary, not of the tokens: a row of the weight's gradient is then one matmul over all tokens,
-    written once, and a float32 master is cast slice by slice. One buffer, as new memory costs a CPU more than exp().
+    written once. Buffers are reused for every slice, since new memory costs a CPU more than exp() does.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
+    def forward(ctx, hidden, head_weight, targets, temperature, chunk):
+        buffers = _buffers(hidden, head_weight, chunk)
+        exps = torch.empty_like(buffers[0])                                          # [v, K]
+        total = torch.zeros_like(exps[0])                                            # [K] sum of exp(z - top)
+        total_z = torch.zeros_like(total)                                            # [K] sum of exp(z - top) z
+        top = torch.full_like(total, -torch.inf)                                     # [K] largest logit so far
+        chosen = torch.zeros_like(total)                                             # [K] the target's logit
+        for first, rows, z in _slices(hidden, head_weight, temperature, *buffers):
+            row = (targets - first)[None]                                            # [1, K]
+            place = row.clamp(0, len(rows) - 1)                                      # [1, K]
+            inside = row == place                                                    # [1, K] is the target here?
+            chosen = torch.where(inside, z.gather(0, place), chosen)[0]              # [K]
+            higher = torch.maximum(top, z.amax(0))                                   # [K]
+            shrink = (top - higher).exp()                                            # [K] of what is summed so far
+            e = torch.sub(z, higher, out=exps[:len(z)]).exp_()                       # [v, K]
+            total = total * shrink + e.sum(0)                                        # [K]
+            total_z = total_z * shrink + e.mul_(z).sum(0)                            # [K]
+            top = higher
+        log_z = top + total.log()                                                    # [K]
+        entropy = log_z - total_z / total                                            # [K] H = log Z - E[z]
         ctx.temperature, ctx.chunk = temperature, chunk
-        buffer, half = _buffers(hidden, weight, chunk)                               # [v, M] each
-        spare = torch.empty_like(buffer)                                             # [v, M]
-        total = torch.zeros_like(buffer[0])                                          # [M] sum of exp(z - top)
-        top, chosen, mean = total - torch.inf, total.clone(), total.clone()          # [M] each; mean: sum of exp() z
-        for _, rows, z, inside, place in _slices(buffer, half, hidden, weight, targets, temperature):
-            chosen = torch.where(inside, z.gather(0, place), chosen)[0]              # [M]
-            higher = torch.maximum(top, z.amax(0))                                   # [M]
-            shrink = (top - higher).exp()                                            # [M] of what is summed so far
-            e = torch.sub(z, higher, out=spare[:len(z)]).exp_()                      # [v, M]
-            total = total * shrink + e.sum(0)                                        # [M]
-            mean = mean * shrink + e.mul_(z).sum(0)                                  # [M]
-            top = higher                                                             # [M]
-        log_z = top + total.log()                                                    # [M]
-        entropy = log_z - mean / total                                               # [M] H = log Z - E[z]
-        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.save_for_backward(hidden, head_weight, targets, log_z)
         ctx.mark_non_differentiable(entropy)
         return chosen - log_z, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        scale = grad[None] / ctx.temperature                                         # [1, M]
-        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)                    # [M, D]
-        product = torch.empty_like(grad_hidden)                                      # [M, D]
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; None: frozen
-        buffer, half = _buffers(hidden, weight, ctx.chunk)                           # [v, M] each
-        for lo, rows, z, inside, place in _slices(buffer, half, hidden, weight, targets, ctx.temperature):
-            z.sub_(log_z).exp_().mul_(-scale)                                        # [v, M] d logp/d z = onehot - p
-            z = half[:len(z)].copy_(z.scatter_add_(0, place, torch.where(inside, scale, 0.0)))  # [v, M]
-            if grad_weight is not None:
-                _matmul(z, hidden, out=grad_weight[lo:lo + len(rows)])               # [v, D]
-            grad_hidden += _matmul(z.T, rows, out=product)                           # [M, D]
+        hidden, head_weight, targets, log_z = ctx.saved_tensors
+        scale = grad[None] / ctx.temperature                                         # [1, K]
+        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)                    # [K, D]
+        product = torch.empty_like(grad_hidden)                                      # [K, D]
+        frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if frozen else torch.empty_like(head_weight)              # [V, D]
+        logits, rounded = _buffers(hidden, head_weight, ctx.chunk)                   # [v, K] each
+        for first, rows, z in _slices(hidden, head_weight, ctx.temperature, logits, rounded):
+            row = (targets - first)[None]                                            # [1, K]
+            place = row.clamp(0, len(rows) - 1)                                      # [1, K]
+            inside = row == place                                                    # [1, K] is the target here?
+            z.sub_(log_z).exp_().mul_(-scale)                                        # [v, K] -scale p
+            z.scatter_add_(0, place, torch.where(inside, scale, 0.0))                # [v, K] scale (onehot - p)
+            z = rounded[:len(z)].copy_(z)                                            # [v, K]
+            if not frozen:
+                _matmul(z, hidden, out=grad_weight[first:first + len(rows)])         # [v, D]
+            grad_hidden += _matmul(z.T, rows, out=product)                           # [K, D]
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _buffers(hidden, weight, chunk):
-    """Room for a slice's logits [v, M], v M about chunk V, in float32 (float64 if hidden is) and in hidden's dtype."""
-    size = min(len(weight), max(32, chunk * len(weight) // max(1, len(hidden))))     # thinner slices only cost time
-    half = hidden.new_empty(size, len(hidden))                                       # [v, M]
-    wide = torch.promote_types(half.dtype, torch.float32)
-    return half if half.dtype == wide else torch.empty_like(half, dtype=wide), half
+def _buffers(hidden, head_weight, chunk):
+    """Room for the logits of a slice [v, K] in float32 (float64 if hidden is), and for them in hidden's dtype."""
+    size = max(32, chunk * len(head_weight) // max(1, len(hidden)))                  # thinner slices only cost time
+    rounded = hidden.new_empty(min(size, len(head_weight)), len(hidden))             # [v, K]
+    dtype = torch.promote_types(rounded.dtype, torch.float32)
+    return (rounded if rounded.dtype == dtype else torch.empty_like(rounded, dtype=dtype)), rounded
 
 
-def _slices(buffer, half, hidden, weight, targets, temperature):
-    """Yield first row, weight rows [v, D], logits [v, M] in buffer, target inside? [1, M], its place or 0 [1, M]."""
-    for lo in range(0, len(weight), len(buffer)):
-        rows = weight[lo:lo + len(buffer)].to(hidden.dtype)                          # [v, D]
-        place = (targets - lo)[None]                                                 # [1, M]
-        inside = (place >= 0) & (place < len(rows))                                  # [1, M]
-        z = _matmul(rows, hidden.T, out=buffer[:len(rows)], half=half[:len(rows)])   # [v, M]
-        yield lo, rows, z.div_(temperature) if temperature != 1 else z, inside, place.where(inside, 0)
+def _slices(hidden, head_weight, temperature, logits, rounded):
+    """Yield each slice of the vocabulary: its first row, the head's rows [v, D], the logits [v, K] in their buffer."""
+    for first in range(0, len(head_weight), len(logits)):
+        rows = head_weight[first:first + len(logits)].to(hidden.dtype)               # [v, D]
+        z = _matmul(rows, hidden.T, logits[:len(rows)], rounded[:len(rows)])         # [v, K]
+        if temperature != 1:
+            z.div_(temperature)
+        yield first, rows, z
 
 
-def _matmul(a, b, out, half=None):
+def _matmul(a, b, out, rounded=None):
     """a @ b in out's dtype. CUDA keeps a bfloat16 product in float32; elsewhere it is rounded to bfloat16."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda and not torch.version.hip:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(torch.mm(a, b, out=half))
+    return out.copy_(torch.mm(a, b, out=rounded))
 
 
 def logps_and_entropy(hidden, head_weight, targets, *, temperature=1.0, chunk=256):
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and the entropy of that distribution.
 
-    hidden [M, D], head_weight [V, D], targets [M] -> logp [M], entropy [M] (no gradient), in nats, float32 (float64 if
-    hidden is). The matmuls run in hidden's dtype, or in autocast's where that is on; head_weight may be a float32
-    master and then gets a float32 gradient. chunk: about chunk * V logits exist at a time.
+    hidden [K, D], head_weight [V, D], targets [K] -> logp [K], entropy [K] (no gradient), in nats, float32 or float64.
+    The matmuls run in hidden's dtype, or in autocast's where that is on; a float32 head_weight gets a float32
+    gradient. About chunk * V logits exist at a time.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))             # [M, D]
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))                         # [K, D]
+    with torch.autocast(device, enabled=False):
         return _HeadLogps.apply(hidden, head_weight, targets, temperature, chunk)
 
 
 # ---- 2. the estimator -----------------------------------------------------------------------------------------------
-
 def _check_choice(name, value, *allowed):
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}; choose one of these")
@@ -140,15 +149,18 @@ def importance_weights(logp, mu, mask, *, eta=2.0, level="sequence"):
     _check_choice("level", level, "sequence", "token")
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0)                           # [N, T]
     # Eq. (1): w_i = exp(sum_t [log pi - log mu]);  wc_i = min(w_i, eta)
-    w = log_ratio.sum(1).exp() if level == "sequence" else torch.where(mask, log_ratio.exp(), 0.0)  # [N] or [N, T]
+    w = torch.where(mask, log_ratio.exp(), 0.0)                                      # [N, T]
+    if level == "sequence":
+        w = log_ratio.sum(1).exp()                                                   # [N]
     return w, w.clamp(max=eta)
 
 
 def group_advantages(rewards, weights, group_size, *, baseline="loo", norm="std", eps=1e-6):
-    """Eq. (2) and (3). rewards, weights [N], whole groups one after another -> (adv [N], zero_signal [N] bool).
+    """Eq. (2) and (3). rewards, weights (wc) [N], group after group -> adv [N], zero_signal [N].
 
-    "group" is the paper's value; "loo" points the same way on-policy and has no bias off-policy. A group of equal
-    rewards is zero-signal: norm "std" gives it advantage 0, "none" keeps it, as Eq. (4) is biased off-policy without.
+    baseline "group" is the paper's value; "loo" leaves response i out of its own, which removes the bias off-policy.
+    zero_signal: all rewards of the group are equal. Its advantages are then 0 with norm "std"; with "none" they are
+    kept, since off-policy the expected gradient is wrong without them.
     """
     _check_choice("baseline", baseline, "group", "loo")
     _check_choice("norm", norm, "std", "none")
@@ -156,29 +168,33 @@ def group_advantages(rewards, weights, group_size, *, baseline="loo", norm="std"
         raise ValueError(f"group_size: {group_size} for {len(rewards)} responses; need >= 2 and whole groups")
     r = rewards.view(-1, group_size)                                                 # [N/G, G]
     weighted = weights.view_as(r) * r                                                # [N/G, G]
-    # Eq. (2): V(x) = (1/G) sum_j wc_j r_j, or leave-one-out: V_-i(x) = (1/(G-1)) sum_{j != i} wc_j r_j
+    # Eq. (2): V = (1/G) sum_j wc_j r_j, or V_-i = (1/(G-1)) sum_{j != i} wc_j r_j
     value = weighted.mean(1, keepdim=True)                                           # [N/G, 1]
     if baseline == "loo":
         value = (weighted.sum(1, keepdim=True) - weighted) / (group_size - 1)        # [N/G, G]
     zero_signal = (r == r[:, :1]).all(1, keepdim=True).expand_as(r)                  # [N/G, G]
-    # Eq. (3): A_i = (r_i - V(x)) / (std(r_1..r_G) + eps), std over G (not G - 1); the division is optional
+    # Eq. (3): A_i = (r_i - V) / (std(r_1..r_G) + eps), std over G (not G - 1); the division is optional
     adv = r - value                                                                  # [N/G, G]
     if norm == "std":
-        adv = torch.where(zero_signal, 0.0, adv / (r.std(1, keepdim=True, correction=0) + eps))  # [N/G, G]
+        adv = adv / (r.std(1, keepdim=True, correction=0) + eps)                     # [N/G, G]
+        adv = torch.where(zero_signal, 0.0, adv)                                     # [N/G, G]
     return adv.reshape(-1), zero_signal.reshape(-1)
 
 
 def rapid_loss(logp, mask, wc, adv, *, denominator):
     """Eq. (4) -> scalar. logp, mask [N, T], wc [N] or [N, T], adv [N]; denominator = B G Lbar over all ranks."""
-    # Eq. (4): L_on = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar
-    coefficient = ((wc if wc.dim() == 2 else wc[:, None]) * adv[:, None]).detach()   # [N, T] or [N, 1]
+    if wc.dim() == 1:
+        wc = wc[:, None]                                                             # [N, 1]
+    # Eq. (4): L = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar
+    coefficient = (wc * adv[:, None]).detach()                                       # [N, 1] or [N, T]
     return -torch.where(mask, coefficient * logp, 0.0).sum() / denominator
 
 
-def grpo_loss(logp, mu, mask, adv, *, denominator, clip_low=0.2, clip_high=0.28):
+def grpo_loss(logp, mu, mask, adv, *, denominator, low=GRPO_CLIP[0], high=GRPO_CLIP[1]):
     """The baseline: PPO's clipped ratio per token -> scalar. logp, mu, mask [N, T], adv [N]; denominator as Eq. (4)."""
     ratio = torch.where(mask, logp - mu, 0.0).exp()                                  # [N, T]
-    gain = torch.minimum(ratio * adv[:, None], ratio.clamp(1 - clip_low, 1 + clip_high) * adv[:, None])  # [N, T]
+    clipped = ratio.clamp(low, high)                                                 # [N, T]
+    gain = torch.minimum(ratio * adv[:, None], clipped * adv[:, None])               # [N, T]
     return -torch.where(mask, gain, 0.0).sum() / denominator
 
 
@@ -187,32 +203,35 @@ def phase_over(ess, min_ess):
     return not ess >= min_ess
 
 
-# ---- 3. scoring with a model ----------------------------------------------------------------------------------------
-
+# ---- 3. log-probabilities of responses ------------------------------------------------------------------------------
 def micro_batches(lengths, token_budget, among=None):
-    """Indices (all or `among`) in lists of similar length, padded tokens <= token_budget; a longer one goes alone. Past
-    an eighth of the budget a list also ends before a tenth of it would be padding.
+    """Indices (all, or `among`) in lists of similar length, at most token_budget tokens with padding each. What is
+    longer than the budget has a list of its own.
 
     >>> micro_batches([7, 20, 8, 2], 16)
     [[1], [2, 0], [3]]
     """
-    batches = [[]]  # longest first, so that the first of a batch sets its padded width
-    for i in sorted(range(len(lengths)) if among is None else among, key=lambda i: -lengths[i]):
-        more = batches[-1] + [i]
-        padded = len(more) * lengths[more[0]]
-        wasteful = padded > token_budget / 8 and sum(lengths[k] for k in more) < 0.9 * padded
-        if batches[-1] and (padded > token_budget or wasteful):
+    indices = range(len(lengths)) if among is None else among
+    batches = []
+    for i in sorted(indices, key=lambda i: -lengths[i]):  # longest first: the first of a list sets its padded width
+        if batches:
+            more = batches[-1] + [i]
+            padded = len(more) * lengths[more[0]]
+            # a list of more than an eighth of the budget also ends before a tenth of it is padding
+            wasteful = padded > token_budget / 8 and sum(lengths[k] for k in more) < 0.9 * padded
+        if not batches or padded > token_budget or wasteful:
             batches.append([])
         batches[-1].append(i)
-    return batches if batches[0] else []
+    return batches
 
 
 def check_head(model):
     """Raise where the model does more to its logits than hidden @ weight.T, which is all that is computed here."""
-    config, head = getattr(model.config, "text_config", None) or model.config, model.get_output_embeddings()
+    config = model.config.get_text_config()
     names = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    found = {name: getattr(config, name, None) for name in names if getattr(config, name, None) not in (None, 1)}
-    if found or getattr(head, "bias", None) is not None:
+    found = {name: getattr(config, name, None) for name in names}
+    found = {name: value for name, value in found.items() if value not in (None, 1)}
+    if found or getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(f"model: {found or 'a bias of the head'} changes the logits, which cannot be scored here; "
                          "allowed: None or 1 and no bias, choose another model")
 
@@ -221,170 +240,197 @@ def pad(rows, device, dtype=torch.long):
     """Lists of different lengths -> their values [N, T], 0 at padding on the right, and mask [N, T], False there."""
     lengths = torch.tensor([len(row) for row in rows])[:, None]                      # [N, 1]
     mask = torch.arange(int(lengths.max())) < lengths                                # [N, T]
-    flat = torch.tensor([x for row in rows for x in row], dtype=dtype)               # [M]
-    return torch.zeros(mask.shape, dtype=dtype).masked_scatter(mask, flat).to(device), mask.to(device)
+    flat = torch.tensor([x for row in rows for x in row], dtype=dtype)               # [K]
+    padded = torch.zeros(mask.shape, dtype=dtype).masked_scatter(mask, flat)         # [N, T]
+    return padded.to(device), mask.to(device)
 
 
-def score(model, rollouts, *, temperature=1.0, chunk=256, share_prompts=True):
+def response_logps(model, rollouts, *, temperature=1.0, chunk=256, share_prompts=True):
     """log pi and entropy of every response token -> logp [N, T], entropy [N, T], mask [N, T] (zeros at padding).
 
-    rollouts: anything with .prompt and .response. The mask comes from lengths alone: an id that equals the padding id
-    is a token like any other. The head runs at response positions only, all under the caller's autocast and grad mode.
-    share_prompts: a prompt is computed once for all of its responses, where that saves a quarter of the positions.
+    rollouts: anything with .prompt and .response. The mask comes from lengths alone: the padding id in a response is a
+    token like any other. The head runs at response positions only; autocast and grad mode are the caller's.
+    share_prompts: compute a prompt once for all of its responses, where that saves a quarter of the positions.
     """
     check_head(model)
     for k, item in enumerate(rollouts):
         if not item.prompt or not item.response:
             raise ValueError(f"rollouts[{k}]: empty prompt or response; both need at least one token")
-    weight = model.get_output_embeddings().weight                                    # [V, D]
-    targets, mask = pad([item.response for item in rollouts], weight.device)         # [N, T] each
-    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    head_weight = model.get_output_embeddings().weight                               # [V, D]
+    backbone = model.get_decoder()
+    targets, mask = pad([item.response for item in rollouts], head_weight.device)    # [N, T] each
     prompts = list(dict.fromkeys(tuple(item.prompt) for item in rollouts))           # P different ones
     together = len(prompts) * max(map(len, prompts)) + mask.numel()                  # padded positions
     apart = len(rollouts) * max(len(item.prompt) + len(item.response) for item in rollouts)
-    if share_prompts and together <= 0.75 * apart and cache_is_all(model):
-        hidden = _hidden_of_shared_prompts(backbone, rollouts, mask, prompts)        # [M, D]
+    if share_prompts and together <= 0.75 * apart and can_share_prompts(model):
+        hidden = _hidden_with_shared_prompts(backbone, rollouts, mask, prompts)      # [K, D]
     else:
-        # no attention mask: padding is on the right, where a causal model cannot see it, and kernels are faster without
-        ids, _ = pad([item.prompt + item.response for item in rollouts], weight.device)  # [N, L]
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state          # [N, L, D]
-        # position t predicts token t + 1, so a response is read off from the prompt's last position on
-        before = torch.tensor([len(item.prompt) - 1 for item in rollouts], device=weight.device)  # [N]
-        row, t = mask.nonzero(as_tuple=True)                                         # [M] each
-        hidden = hidden[row, before[row] + t]                                        # [M, D]
-    packed = logps_and_entropy(hidden, weight, targets[mask], temperature=temperature, chunk=chunk)  # [M], [M]
-    logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in packed)  # [N, T] each
+        hidden = _hidden(backbone, rollouts, mask)                                   # [K, D]
+    scores = logps_and_entropy(hidden, head_weight, targets[mask], temperature=temperature, chunk=chunk)  # [K] each
+    logp, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scores)  # [N, T] each
     return logp, entropy, mask
 
 
-def _hidden_of_shared_prompts(backbone, rollouts, mask, prompts):
-    """Hidden states [M, D] that predict the response tokens, each of the P prompts computed once: its keys and values
-    serve all of its responses, whose gradients meet in them."""
+def _hidden(backbone, rollouts, mask):
+    """Hidden states [K, D] that predict the response tokens. Position t predicts token t + 1."""
+    # no attention mask: padding is on the right, where a causal model cannot see it, and kernels are faster without
+    ids, _ = pad([[*item.prompt, *item.response] for item in rollouts], mask.device)  # [N, L]
+    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state              # [N, L, D]
+    before = torch.tensor([len(item.prompt) - 1 for item in rollouts], device=mask.device)  # [N]
+    row, t = mask.nonzero(as_tuple=True)                                             # [K] each
+    return hidden[row, before[row] + t]
+
+
+def _hidden_with_shared_prompts(backbone, rollouts, mask, prompts):
+    """The same [K, D], each of the P prompts computed once: its keys and values serve all of its responses, whose
+    gradients meet in them."""
     which = torch.tensor([prompts.index(tuple(item.prompt)) for item in rollouts], device=mask.device)  # [N]
     ids, seen = pad(prompts, mask.device)                                            # [P, W] each
     first = backbone(input_ids=ids, use_cache=True)
-    length, cache = seen.sum(1)[which], first.past_key_values                        # [N]
+    length = seen.sum(1)[which]                                                      # [N]
     hidden = first.last_hidden_state[which, length - 1][:, None]                     # [N, 1, D]
-    if mask.shape[1] > 1:                                        # a response's last token predicts nothing: left out
-        cache.batch_select_indices(which)
-        tokens, _ = pad([item.response[:-1] for item in rollouts], mask.device)      # [N, T-1]
-        # a prompt's padding lies between it and its responses, which must not see it
-        visible = torch.cat([seen[which], torch.ones_like(mask[:, 1:])], 1).long()   # [N, W+T-1]
-        later = backbone(input_ids=tokens, attention_mask=visible, past_key_values=cache, use_cache=True,
-                         position_ids=length[:, None] + torch.arange(tokens.shape[1], device=mask.device))
-        hidden = torch.cat([hidden, later.last_hidden_state], 1)                     # [N, T, D]
-    return hidden[mask]
+    if mask.shape[1] == 1:                                       # a response's last token predicts nothing: left out
+        return hidden[mask]
+    cache = first.past_key_values
+    cache.batch_select_indices(which)
+    tokens, _ = pad([item.response[:-1] for item in rollouts], mask.device)          # [N, T-1]
+    positions = length[:, None] + torch.arange(tokens.shape[1], device=mask.device)  # [N, T-1]
+    # a prompt's padding lies between it and its responses, which must not see it
+    visible = torch.cat([seen[which], torch.ones_like(mask[:, 1:])], 1).long()       # [N, W+T-1]
+    later = backbone(input_ids=tokens, attention_mask=visible, position_ids=positions, past_key_values=cache)
+    return torch.cat([hidden, later.last_hidden_state], 1)[mask]
 
 
-def cache_is_all(model):
+def can_share_prompts(model):
     """Do keys and values hold all that the model keeps of the past? Not with recurrent states or attention windows,
     and with gradient checkpointing transformers keeps none."""
-    config = getattr(model.config, "text_config", None) or model.config
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    kinds = getattr(config, "layer_types", None) or ["window" if any(windows) else "full_attention"]
+    config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None) or ["window" if windows else "full_attention"]
     checkpointing = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return set(kinds) == {"full_attention"} and not getattr(model, "_is_stateful", False) and not checkpointing
 
 
 # ---- 4. one update --------------------------------------------------------------------------------------------------
+def _plan(lengths, trained, token_budget, group_size):
+    """Micro-batches of the responses with a gradient (whole groups, in order) -> index lists, is a pass needed before?
 
-def plan(lengths, live, token_budget, group_size):
-    """Micro-batches of the live responses (whole groups, in order) -> (index lists, is a forward pass needed before?).
-
-    Eq. (2) needs the weights of a whole group before any backward. Micro-batches of whole groups have them in one
-    pass but pad more; those by length pad least but need a forward pass first, about a third more work.
+    Eq. (2) needs the weights of a whole group before any backward. Micro-batches of whole groups have them in one pass
+    but pad more. Those by length pad least but need a forward pass before, a third more work.
     """
-    groups = [live[k:k + group_size] for k in range(0, len(live), group_size)]
+    groups = [trained[k:k + group_size] for k in range(0, len(trained), group_size)]
     widths = [group_size * max(lengths[i] for i in group) for group in groups]       # padded tokens of each group
     by_group = [[i for g in batch for i in groups[g]] for batch in micro_batches(widths, token_budget)]
-    by_length = micro_batches(lengths, token_budget, live)
-    cost = [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in (by_group, by_length)]
+    by_length = micro_batches(lengths, token_budget, trained)
+    padded = sum(len(batch) * lengths[max(batch, key=lengths.__getitem__)] for batch in by_group)
+    least = sum(len(batch) * lengths[batch[0]] for batch in by_length)
     fits = max(widths, default=0) <= max(token_budget, *lengths)
-    return (by_group, False) if fits and cost[0] <= 4 / 3 * cost[1] else (by_length, True)
+    return (by_group, False) if fits and padded <= 4 / 3 * least else (by_length, True)
 
 
 def accumulate(model, rollouts, *, group_size, denominator, algo="rapid", eta=2.0, is_level="sequence",
-               baseline="loo", adv_norm="std", eps=1e-6, clip_low=0.2, clip_high=0.28, temperature=1.0,
-               token_budget=16384, chunk=256, scorer=None):
-    """Add the gradient of Eq. (4) over whole groups to p.grad and return metrics; no optimizer step.
+               baseline="loo", adv_norm="std", temperature=1.0, token_budget=16384, chunk=256, share_prompts=True):
+    """Add the gradient of Eq. (4) to p.grad and return metrics; no optimizer step.
 
-    rollouts: group g is rollouts[g*G:(g+1)*G]. denominator: B G Lbar over all ranks, so the gradients and metrics of
-    ranks and micro-batches add up. Metrics are sums (max_*: maxima), see `summarise`. scorer: in place of `score`.
+    rollouts: whole groups, group g is rollouts[g*G:(g+1)*G]. denominator: B G Lbar over all ranks. Gradients and
+    metrics of ranks and micro-batches then add up. Metrics are sums (max_*: maxima), see `summarise`.
     """
     _check_choice("algo", algo, "rapid", "grpo")
     for k, item in enumerate(rollouts):
         if len(item.mu) != len(item.response) or not all(map(math.isfinite, item.mu)):
             raise ValueError(f"rollouts[{k}].mu: {len(item.mu)} log-probs for {len(item.response)} response tokens; "
                              "need one finite number each, as the sampler returned them")
-    how = dict(algo=algo, eta=eta, level=is_level, temperature=temperature, chunk=chunk, clip=(clip_low, clip_high))
-    value = dict(baseline="group" if algo == "grpo" else baseline, norm=adv_norm, eps=eps)
-    length = [len(item.prompt) + len(item.response) for item in rollouts]
+    if algo == "grpo":
+        baseline, is_level = "group", "token"
+    low, high = (0.0, eta) if algo == "rapid" else GRPO_CLIP   # weights beyond are "clipped"
+    scoring = dict(temperature=temperature, chunk=chunk, share_prompts=share_prompts)
+    weighing = dict(level=is_level, low=low, high=high)
+    valuing = dict(baseline=baseline, norm=adv_norm)
+    lengths = [len(item.prompt) + len(item.response) for item in rollouts]
     rewards = torch.tensor([float(item.reward) for item in rollouts], dtype=torch.float64)  # [N]
     weights = torch.ones_like(rewards)                                               # [N] wc of Eq. (2); GRPO: stays 1
-    _, zero = group_advantages(rewards, weights, group_size, **value)                # [N]
+    _, zero_signal = group_advantages(rewards, weights, group_size, **valuing)       # [N]
     metrics = {"responses": len(rollouts), "groups": len(rollouts) // group_size,
-               "zero_signal_groups": int(zero.sum()) // group_size, "truncated": sum(r.truncated for r in rollouts),
-               "reward_sum": float(rewards.sum()), "reward_sq_sum": float(rewards.square().sum()), "loss": 0.0}
-
-    # 1. silent: advantage 0 whatever the weights. Scored for the metrics, but without backward.
-    silent = zero & (rewards == 0) if algo == "rapid" and adv_norm == "none" else zero  # [N]
-    live, quiet = (~silent).nonzero()[:, 0].tolist(), silent.nonzero()[:, 0].tolist()
-    # 2. GRPO's value has no weights: single responses as groups, so by length and never a pass before
-    batches, two_passes = plan(length, live, token_budget, group_size if algo == "rapid" else 1)
-    for batch in micro_batches(length, token_budget, quiet) + (batches if two_passes else []):
+        "zero_signal_groups": int(zero_signal.sum()) // group_size,
+        "truncated": sum(item.truncated for item in rollouts), "loss": 0.0,
+        "reward_sum": float(rewards.sum()), "reward_sq_sum": float(rewards.square().sum())}
+    # 1. Which responses have a gradient? Advantage 0 whatever the weights: only a forward pass, for the metrics.
+    no_gradient = zero_signal                                                        # [N]
+    if algo == "rapid" and adv_norm == "none":
+        no_gradient = zero_signal & (rewards == 0)                                   # [N]
+    trained = (~no_gradient).nonzero()[:, 0].tolist()
+    not_trained = no_gradient.nonzero()[:, 0].tolist()
+    # 2. Forward passes without gradient. GRPO needs none to train, so its groups may always be cut apart.
+    batches, before = _plan(lengths, trained, token_budget, group_size if algo == "rapid" else 1)
+    for batch in micro_batches(lengths, token_budget, not_trained) + (batches if before else []):
+        items = [rollouts[i] for i in batch]
         with torch.no_grad():
-            *_, weights[batch], part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
+            scores = response_logps(model, items, **scoring)
+        *_, weights[batch], part = _weigh(items, *scores, **weighing)
         add_metrics(metrics, part)
-    # 3. forward and backward
+    # 3. Forward and backward.
     for batch in batches:
-        logp, mu, mask, wc, response_weight, part = _loss_parts(scorer, model, [rollouts[i] for i in batch], **how)
-        if not two_passes:
-            weights[batch] = response_weight
+        items = [rollouts[i] for i in batch]
+        logp, entropy, mask = response_logps(model, items, **scoring)                # [n, T] each
+        mu, wc, weight, part = _weigh(items, logp, entropy, mask, **weighing)
+        if algo == "rapid":                                                          # GRPO's value has no weights
+            weights[batch] = weight
+        if not before:
             add_metrics(metrics, part)
-        adv = group_advantages(rewards, weights, group_size, **value)[0][batch].to(logp)  # [n]
-        loss = rapid_loss(logp, mask, wc, adv, denominator=denominator)              # []
-        if algo == "grpo":
-            loss = grpo_loss(logp, mu, mask, adv, denominator=denominator, clip_low=clip_low, clip_high=clip_high)
+        adv, _ = group_advantages(rewards, weights, group_size, **valuing)           # [N]
+        adv = adv[batch].to(logp)                                                    # [n]
+        if algo == "rapid":
+            loss = rapid_loss(logp, mask, wc, adv, denominator=denominator)
+        else:
+            loss = grpo_loss(logp, mu, mask, adv, denominator=denominator)
         loss.backward()
         metrics["loss"] += float(loss.detach())
     return metrics
 
 
-def _loss_parts(scorer, model, items, *, algo, eta, level, temperature, chunk, clip):
-    """Score one micro-batch -> logp, mu, mask [n, T], wc, each response's weight in Eq. (2) [n], metrics."""
-    logp, entropy, mask = (scorer or score)(model, items, temperature=temperature, chunk=chunk)  # [n, T] each
+def _weigh(items, logp, entropy, mask, *, level, low, high):
+    """Eq. (1) for one micro-batch -> mu [n, T], wc [n] or [n, T], each response's weight in Eq. (2) [n], metrics."""
     mu, _ = pad([item.mu for item in items], logp.device, logp.dtype)                # [n, T]
-    w, wc = importance_weights(logp, mu, mask, eta=eta, level="token" if algo == "grpo" else level)
-    # Eq. (2) has one weight per response: with token-level weights the mean over the response's tokens (GRPO: 1)
-    weight = wc if wc.dim() == 1 else (mask if algo == "grpo" else wc).sum(1) / mask.sum(1)  # [n]
+    w, wc = importance_weights(logp, mu, mask, eta=high, level=level)                # [n] or [n, T]
+    # Eq. (2) has one weight per response: of token-level weights the mean over the response's tokens
+    weight = wc if wc.dim() == 1 else wc.sum(1) / mask.sum(1)                        # [n]
     log_ratio = torch.where(mask, logp.detach() - mu, 0.0).cpu().double()            # [n, T]
-    flat = (w if w.dim() == 1 else w[mask]).cpu().double()                           # [n] or [M]
-    clipped = flat > eta if algo == "rapid" else (flat < 1 - clip[0]) | (flat > 1 + clip[1])  # as flat
-    part = {"weights": flat.numel(), "w_sum": flat.sum(), "w_sq_sum": flat.square().sum(), "clipped": clipped.sum(),
-            "tokens": mask.sum(), "entropy_sum": entropy.sum(), "kl_sum": (log_ratio.exp() - 1 - log_ratio).sum(),
-            "abs_logw_sum": log_ratio.abs().sum(), "max_abs_dlogp": log_ratio.abs().max(),
-            "max_abs_logw": log_ratio.sum(1).abs().max()}
-    return logp, mu, mask, wc, weight.cpu().double(), {name: float(v) for name, v in part.items()}
+    if level == "token":
+        w = w[mask]                                                                  # [K]
+    w = w.cpu().double()                                                             # [n] or [K]
+    part = {
+        "w_count": w.numel(), "w_sum": w.sum(), "w_sq_sum": w.square().sum(),
+        "clipped": ((w < low) | (w > high)).sum(),
+        "tokens": mask.sum(), "entropy_sum": entropy.sum(),
+        "kl_sum": (log_ratio.exp() - 1 - log_ratio).sum(),
+        "abs_dlogp_sum": log_ratio.abs().sum(), "max_abs_dlogp": log_ratio.abs().max(),
+        "max_abs_logw": log_ratio.sum(1).abs().max()}
+    return mu, wc, weight.cpu().double(), {name: float(value) for name, value in part.items()}
 
 
 def add_metrics(total, part):
     """Add one micro-batch's or rank's metrics to total, in place: sums add, max_* take the maximum."""
-    for name, v in part.items():
-        total[name] = max(total.get(name, 0.0), v) if name.startswith("max_") else total.get(name, 0) + v
+    for name, value in part.items():
+        if name.startswith("max_"):
+            total[name] = max(total.get(name, 0.0), value)
+        else:
+            total[name] = total.get(name, 0) + value
 
 
 def summarise(m):
     """Readable means of `accumulate`'s metrics (after `add_metrics` over ranks). One line each: what over what."""
-    n, tokens, mean = m["responses"], m["tokens"], m["reward_sum"] / m["responses"]
+    n, tokens = m["responses"], m["tokens"]
+    reward = m["reward_sum"] / n
+    variance = m["reward_sq_sum"] / n - reward ** 2
     return {
         "loss": m["loss"],                                                 # Eq. (4), already divided by its constant
-        "reward": mean,                                                    # per response
-        "reward_std": math.sqrt(max(0.0, m["reward_sq_sum"] / n - mean ** 2)),
-        "ess": m["w_sum"] ** 2 / (m["weights"] * m["w_sq_sum"]) if m["w_sq_sum"] > 0 else 0.0,  # 1 on-policy, -> 1/N
-        "clip_frac": m["clipped"] / m["weights"],                          # weights above eta (GRPO: ratios clipped)
+        "reward": reward,                                                  # per response
+        "reward_std": math.sqrt(max(0.0, variance)),
+        "ess": m["w_sum"] ** 2 / (m["w_count"] * m["w_sq_sum"]) if m["w_sq_sum"] > 0 else 0.0,  # 1 on-policy, -> 1/N
+        "clip_frac": m["clipped"] / m["w_count"],                          # weights above eta (GRPO: ratios clipped)
         "kl": m["kl_sum"] / tokens,                                        # KL(mu || pi), k3, nats per token
         "entropy": m["entropy_sum"] / tokens,                              # of pi, nats per token
-        "abs_dlogp": m["abs_logw_sum"] / tokens,                           # |log pi - log mu| per token
+        "abs_dlogp": m["abs_dlogp_sum"] / tokens,                           # |log pi - log mu| per token
         "max_abs_dlogp": m["max_abs_dlogp"],                               # worst token
         "max_abs_logw": m["max_abs_logw"],                                 # worst response: |sum_t log pi - log mu|
         "zero_signal": m["zero_signal_groups"] / m["groups"],              # groups whose rewards are all equal
@@ -402,91 +448,3 @@ def update(model, optimizer, rollouts, *, max_grad_norm=1.0, **settings):
     if math.isfinite(norm):
         optimizer.step()
     return metrics | {"grad_norm": norm, "skipped_steps": int(not math.isfinite(norm))}
-
-
-# ---- 5. self-demonstration ------------------------------------------------------------------------------------------
-
-def toy_logps(theta):
-    """Log-probs [9, 2] of all responses of two tokens of three; theta [4, 3]: logits of the first, of the second."""
-    return torch.stack([theta[0].log_softmax(0).repeat_interleave(3), theta[1:].log_softmax(1).flatten()], 1)
-
-
-def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none"):
-    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each; eta None leaves w out.
-    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu."""
-    theta = theta.clone().requires_grad_()
-    logp, mu = toy_logps(theta), toy_logps(theta_mu)                                 # [9, 2] each
-    exact, = torch.autograd.grad((logp.sum(1).exp() * rewards).sum(), theta, retain_graph=True)  # [4, 3]
-    groups = list(combinations_with_replacement(range(9), group_size))               # K multisets
-    orders = [math.factorial(group_size) // math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
-    index = torch.tensor(groups)                                                     # [K, G]
-    chance = torch.tensor(orders) * mu.sum(1)[index].sum(1).exp()                    # [K], sums to 1
-    logp, mu, rewards = logp[index.flatten()], mu[index.flatten()], rewards[index.flatten()]  # [K G, 2] twice, [K G]
-    mask = torch.ones_like(mu, dtype=torch.bool)                                     # [K G, 2]
-    wc = torch.ones_like(rewards) if eta is None else importance_weights(logp, mu, mask, eta=eta)[1]  # [K G]
-    adv, _ = group_advantages(rewards, wc, group_size, baseline=baseline, norm=norm)  # [K G]
-    loss = rapid_loss(logp, mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
-    return torch.autograd.grad(-loss, theta)[0], exact
-
-
-def print_bias_table(policies=9):
-    """Error of the expected gradient over the exact gradient's norm, median over random policies."""
-    columns = {"w left out": (2, dict(eta=None)), **{f"group, G={n}": (n, dict(baseline="group")) for n in (2, 4, 8)},
-               "loo, G=4": (4, {}), **{f"loo, eta={eta}": (2, dict(eta=eta)) for eta in (1, 2, 4, 8)}}
-    print("\nError of the expected gradient / norm of the exact one, all groups enumerated; eta = inf unless given\n")
-    print("| distance of mu | KL(mu, pi) | ESS |", " | ".join(columns), f"|\n{'|---' * (3 + len(columns))}|")
-    rewards = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)         # [9]
-    for distance in (0, 0.25, 0.5, 1, 1.5):
-        rows = []
-        for seed in range(policies):
-            theta, step = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            pi, mu = toy_logps(theta).sum(1), toy_logps(theta + distance * step).sum(1)  # [9] each
-            pairs = [expected_gradient(theta, theta + distance * step, rewards, n, **kw) for n, kw in columns.values()]
-            rows.append([(mu.exp() * (mu - pi)).sum(), 1 / (2 * pi - mu).exp().sum(),
-                         *((got - exact).norm() / exact.norm() for got, exact in pairs)])
-        cells = (f"{x:.3f}" if x > 1e-9 else f"{x:.0e}" for x in torch.tensor(rows).median(0).values.tolist())
-        print(f"| {distance} |", " | ".join(cells), "|")
-
-
-def bench_head(way, dtype, tokens, width, vocab, chunk):
-    """Forward + backward of the head in this process -> CPU seconds, extra peak GiB above weights and inputs."""
-    torch.set_num_threads(1)
-    weight = torch.empty(vocab, width, dtype=dtype).normal_(0, 0.02).requires_grad_()  # [V, D]
-    hidden = torch.empty(tokens, width, dtype=dtype).normal_().requires_grad_()      # [M, D]
-    targets = torch.randint(vocab, (tokens,))                                        # [M]
-    logps_and_entropy(hidden[:8].detach(), weight[:64].detach(), targets[:8] % 64)   # loads the libraries
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    if way == "ours":
-        logp, _ = logps_and_entropy(hidden, weight, targets, chunk=chunk)            # [M]
-    else:  # the usual way, and without the entropy
-        logp = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None])  # [M, 1]
-    logp.sum().backward()
-    seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds, (after - before) / 2 ** 20  # kilobytes, as Linux counts them
-
-
-def print_head_table(sizes, repeats):
-    """Full logits against slices of the vocabulary, alternating, each in a fresh process; medians."""
-    print("Head, forward + backward: {} tokens, width {}, vocabulary {}, chunk {}, one thread".format(*sizes))
-    print(f"\n| dtype | full logits, CPU s | ours | ratio | full logits, extra GiB | ours | ratio |\n{'|---' * 7}|")
-    for dtype in (torch.float32, torch.bfloat16):
-        runs = {"naive": [], "ours": []}
-        for way in ("naive", "ours") * repeats:
-            with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                runs[way].append(fresh.apply(bench_head, (way, dtype, *sizes)))
-        (t0, m0), (t1, m1) = (torch.tensor(seen).median(0).values.tolist() for seen in runs.values())
-        print(f"| {dtype} | {t0:.2f} | {t1:.2f} | {t1 / t0:.2f} | {m0:.3f} | {m1:.3f} | 1/{m0 / m1:.1f} |", flush=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Demonstrate the kernel on a CPU: memory, time, exactness.")
-    parser.add_argument("--head", nargs=4, type=int, default=(2048, 256, 32768, 64), help="tokens, D, V, chunk")
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per way; the table shows their median")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print_head_table(args.head, args.repeats)
-    print_bias_table()
-
-
-if __name__ == "__main__":
-    main()

