@@ -333,6 +333,25 @@ def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], 
     return kept, dropped
 
 
+def evaluation_sets(spec, train, *, samples, limit=None, log=print, **how):
+    """{name: (k samples, problems)} of "FILE, FILE@K, builtin", without problems of train and without traces."""
+    sets = {}
+    for part in filter(None, map(str.strip, spec.split(","))):
+        source, k = re.fullmatch(r"(.*?)(?:@(\d+))?", part).groups(samples)
+        loaded = chains(limit or 400, seed=0) if source == "builtin" else load(source, limit=limit, log=log, **how)
+        kept, dropped = held_out(train, loaded)
+        if not kept or not int(k):
+            raise DataError(f"--eval: found {part}, which leaves {len(kept)} problems that are not in the training data"
+                            f" and {k} samples each; allowed are 1 or more of both")
+        if dropped:
+            log(f"{source}: {len(dropped)} problems are training problems too and left out, first {dropped[0].where}")
+        name = os.path.basename(source).rpartition(".")[0] or source
+        while name in sets:
+            name += "'" if part in name else f" {part}"
+        sets[name] = int(k), [replace(problem, traces=()) for problem in kept]
+    return sets
+
+
 def fingerprint(problems: list[Problem]) -> str:
     """Number and hash of what a run learns from, in its order: a resumed run must find the same."""
     digest = hashlib.sha256()
@@ -467,9 +486,10 @@ class Queue:
             taken.append(state["left"].pop(0))
         return taken
 
-    def give_back(self, name, indices):
-        """Indices that were taken and not used: next in line."""
-        self.state[name]["left"] = list(indices) + self.state[name]["left"]
+    def give_back(self, pairs):
+        """(pool, index) pairs that were taken and not used: next in line."""
+        for name, state in self.state.items():
+            state["left"] = [index for pool, index in pairs if pool == name] + state["left"]
 
 
 # --------------------------------------------------------------------------------------------------- the built-in task

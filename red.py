@@ -7,16 +7,20 @@ what the model can already do ("recall"). Imitating worked solutions of a larger
 can not do ("extend").
 
 Letters: x prompt; y_1..y_G its responses, one *group*; r_i 1 where the answer of y_i is right, else 0; o a trace of x;
-mu the policy that sampled y; pi the policy that learns; sg(.) no gradient. B, G, H as above.
+mu the policy that sampled y; pi the policy that learns; sg(.) no gradient; H_t the entropy of pi at a token, p_v its
+probabilities over the vocabulary. B, G, H as above.
 
   Eq. (1)   w_i = exp( sum_t [log pi(y_it) - log mu(y_it)] )           weight of a response
             wc_i = min(w_i, eta),  eta = 2                             clipped from above                     rapid.py
   Eq. (2)   V(x) = (1/G) sum_j wc_j r_j                                value of the group (default: without y_i itself)
   Eq. (3)   A_i = (r_i - V(x)) / (std(r_1..r_G) + eps)                 advantage of a response
   Eq. (4)   L_on = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar     Lbar: mean response length of the phase
-  Eq. (5)   end the phase when the weights' effective sample size is too small
-  Eq. (6)   e(k) = d e(k-1) + (1-d) h(k),  dH(k) = |e(k) - e(k-1)|     change of entropy, on responses, on traces
-  Eq. (7)   lam(k) = clip( dH_off / (dH_on + 1e-8), 1, G )             weight of the traces in update k
+  Eq. (5)   end the phase when the weights' effective sample size, as a share of the first update's, is too small
+  Eq. (6)   s_t = -( p_t (log p_t + H_t) - sum_v p_v^2 (log p_v + H_t) )       how raising log p_t changes H_t
+            h_on = (1/(B G)) sum_i wc_i A_i sum_t s_it / Lbar          what L_on does to the entropy
+            h_off = (1/M) sum_x A_off(x) (1/|o|) sum_t rho_t s_t       what L_off does to it
+            e(k) = d e(k-1) + (1-d) h(k)                               each of them smoothed over the updates k
+  Eq. (7)   lam(k) = clip( |e_off(k)| / (|e_on(k)| + 1e-8), 1, G )     weight of the traces in update k
   Eq. (8)   beta(x) = gamma (1 - mean_i r_i),  pi_off(o_t) = sg( beta + (1 - beta) pi(o_t) )                  red.py
   Eq. (9)   rho_t = pi(o_t) / pi_off(o_t)                              ratio of a trace's token
   Eq. (10)  A_off(x) = (1 - mean(r_1..r_G, 1)) / (std(r_1..r_G, 1) + eps)      advantage of a trace
@@ -42,12 +46,9 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -65,9 +66,9 @@ import verify
 
 
 # ---------------------------------------------------------------------------------------------------------- 1. settings
-def opt(default, help, least=None, most=1e12, words=None):
+def opt(default, help, least=None, most=1e12, words=""):
     """A field of Config: its default, its line in --help, and the numbers or the words that it may be."""
-    return field(default=default, metadata=dict(help=help, least=least, most=most, words=words))
+    return field(default=default, metadata=dict(help=help, least=least, most=most, words=words.split() or None))
 
 
 @dataclass
@@ -87,21 +88,25 @@ class Config:
     baseline: str = opt("loo", "Eq. (2): loo, without the response itself (unbiased) | group (the paper's)",
                         words="group loo")
     adv_norm: str = opt("std", "Eq. (3): divide by the group's std, or none", words="std none")
-    off_weight: str = opt("dynamic", "Eq. (7): dynamic, or a number in place of lam")
+    mu: str = opt("auto", "log mu: the sampler's own, or the trainer's before the phase; auto: with hf the sampler's",
+                  words="auto sampler trainer")
+    off_weight: str = opt("dynamic", "Eq. (7): dynamic | inverse, G |e_on| / |e_off| | a number in place of lam")
+    off_weight_min: float = opt(-1.0, "Eq. (7): the least lam; -1: 1 with dynamic, 0 with inverse", -1)
+    entropy_change: str = opt("slope", "Eq. (6), or drift: the change of the mean entropies themselves",
+                              words="slope drift")
     entropy_decay: float = opt(0.9, "Eq. (6): d of the smoothing; 0: none", 0, 1)
     policy_shift: str = opt("accuracy", "Eq. (8): which beta",
                             words="accuracy accuracy-reversed on-policy off-policy")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest beta", 0, 1)
-    traces: int = opt(0, "red: traces per update over all ranks, drawn from all problems that have one; "
-                         "0: those of the update's own prompts", 0)
+    traced_share: float = opt(0.0, "share of an update's prompts drawn from the problems that have a trace; "
+                                   "0: prompts as they come", 0, 1)
 
     # Memory: 16 bytes per parameter (weight, gradient, two moments of Adam), 4 more with traces. Several ranks share
     # the moments. Micro-batches trade time for memory: the gradient is the same but for rounding.
     updates: int = opt(500, "optimizer steps", 1)
     lr: float = opt(1e-6, "learning rate of AdamW", 0)
     warmup: int = opt(10, "updates of linear warm-up; the learning rate is constant after it", 0)
-    cooldown: int = opt(0, "last updates, in which it falls linearly to zero; 0: none", 0)
-    max_grad_norm: float = opt(1.0, "the norm of the gradient is clipped here", 1e-12)
+    cooldown: float = opt(0.0, "share of the updates, at the end, in which it falls linearly to zero", 0, 1)
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", 1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time")
     dtype: str = opt("auto", "compute in; auto: bfloat16 on a GPU, float32 on a CPU",
@@ -139,27 +144,27 @@ class Config:
     resume: str = opt("", "run directory to go on with, from its newest checkpoint")
     seed: int = opt(0, "of data order and sampling")
     save_every: int = opt(50, "updates between checkpoints, counted to the end of a phase", 1)
-    device: str = opt("auto", "to train on", words="auto cpu cuda")
 
 
 PRESETS = {
-    # 0.2 M parameters want a far larger learning rate than a 1.5B model. The built-in base policy has never written an
-    # x: a trace's x has a probability of 3e-5, of which gamma = 0.1 in Eq. (8) would leave 3e-4 of the gradient. Phases
-    # are never cut: traces move the policy fast, and new samples cost more here than old ones harm.
-    "builtin": dict(train="builtin", eval="builtin", prompts=16, group_size=4, updates_per_phase=8, min_ess=0.0,
-                    shift_gamma=0.001, traced_problems=400, traces=16, updates=400, lr=1e-3, warmup=5, cooldown=240,
-                    max_prompt_tokens=32, max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768,
-                    eval_every=100, samples=4, eval_temperature=1.0, save_every=100, instruction=""),
-    # [RED]: the model, its data, 8 responses per prompt. [ours]: the rest. Its context of 4,096 leaves 3,072 to answer.
-    "red-1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", train="Elliott/Openr1-Math-46k-8192", algo="red", group_size=8,
-                     prompts=128, lr=1e-6, updates_per_phase=4, max_prompt_tokens=1024, max_new_tokens=3072,
-                     updates=500),
-    # [RAPID]: the model, eta, the group value, no KL term. [ours]: the rest. Give --train (MATH problems with answers).
-    "rapid-math": dict(model="Qwen/Qwen2.5-1.5B", algo="rapid", eta=2.0, baseline="group", group_size=8, prompts=64,
-                       lr=1e-6, updates_per_phase=8, max_prompt_tokens=512, max_new_tokens=1024, updates=500),
+    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3. Adam's step is as large where the
+    # gradient is mostly noise, and at 1e-3 six steps move a response's log-prob by 9 nats (1.3 at 5e-4), so that RL
+    # alone falls from 0.42 to 0.11. The base policy has never written an x: a trace's x has a probability of 3e-5, of
+    # which gamma = 0.1 in Eq. (8) would leave 3e-4 of the gradient.
+    "builtin": dict(train="builtin", eval="builtin", prompts=8, group_size=4, shift_gamma=0.001, traced_problems=1000,
+                    traced_share=1.0, updates=1000, lr=5e-4, warmup=5, cooldown=0.6, max_prompt_tokens=32,
+                    max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768, eval_every=250, samples=4,
+                    eval_temperature=1.0, save_every=250, instruction=""),
+    # [RED]: the model, its data, 8 responses per prompt, which is the default. Its context of 4,096 leaves 3,072 tokens
+    # to answer. [RAPID]: the model, eta, the group value, no KL term; give --train (MATH problems with answers).
+    # [ours]: the rest.
+    "red-1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", train="Elliott/Openr1-Math-46k-8192", updates_per_phase=4),
+    "rapid-math": dict(model="Qwen/Qwen2.5-1.5B", algo="rapid", baseline="group", prompts=64, max_prompt_tokens=512,
+                       max_new_tokens=1024),
 }
 # Constants that hardly anyone changes. Adam's second beta is 0.95: in some hundred updates 0.999 would forget nothing.
 BETAS = (0.9, 0.95)
+MAX_GRAD_NORM = 1.0        # the gradient's norm is clipped here
 KEEP_CHECKPOINTS = 2
 BASE = Path(__file__).parent / "assets" / "base"      # the built-in base policy
 MAX_SKIPPED = 3            # updates in a row with a gradient that is not finite, before the run gives up
@@ -179,29 +184,22 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def refuse(message):
-    raise Stop(f"{message}; python red.py --help lists all flags")
-
-
 def parse(argv):
     """Command line -> (Config, the flags given). Flags come first, then the preset, then the defaults above."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for f in dataclasses.fields(Config):
-        kind = dict(type=f.type, choices=f.metadata["words"] and f.metadata["words"].split())
+        kind = dict(type=f.type, choices=f.metadata["words"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         words = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=words, **kind)
-    parser.error = refuse                                # its own prints the usage, which is two screens long here
     known, unknown = parser.parse_known_args(argv)
     for name in unknown:
         near = difflib.get_close_matches(name, map(flag, Config.__dataclass_fields__), n=1)
-        refuse(f"{name}: there is no such flag; the nearest is {near}")
+        raise Stop(f"{name}: there is no such flag; the nearest is {near}, and --help lists all")
     given = vars(known)
-    # The preset "builtin" belongs to the built-in model, and to runs that began with it.
-    builtin = not given.get("model") or run_settings(given["model"]).get("preset") == "builtin"
-    if builtin and given.get("train", "builtin") == "builtin":
-        given.setdefault("preset", "builtin")
+    if not given.get("model") and given.get("train", "builtin") == "builtin":
+        given.setdefault("preset", "builtin")            # for the built-in model alone
     cfg = Config(**{**PRESETS.get(given.get("preset"), {}), **given})
     check(cfg)
     return cfg, given
@@ -213,36 +211,45 @@ def check(cfg):
         value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
         if least is not None and not least <= value <= most:             # nan is refused too
             raise Stop(f"{flag(f.name)}: found {value}, allowed is {least} to {most:g}")
-    if not re.fullmatch(r"dynamic|(\d+\.?\d*|\.\d+)(e-?\d+)?", cfg.off_weight):
-        raise Stop(f"--off-weight: found {cfg.off_weight}, allowed is 0 or more, or dynamic")
+    if not re.fullmatch(r"dynamic|inverse|(\d+\.?\d*|\.\d+)(e-?\d+)?", cfg.off_weight):
+        raise Stop(f"--off-weight: found {cfg.off_weight}, allowed are dynamic, inverse, and 0 or more")
     if cfg.eval_only and not (cfg.model and cfg.eval):
         raise Stop("--eval-only: needs --model DIR_OR_RUN and --eval FILE (or --eval builtin)")
-    if not cfg.train and not cfg.eval_only:
-        raise Stop("--train: missing; a model of your own needs a training file (or --train builtin)")
+    if not cfg.eval_only and (not cfg.train or cfg.train != "builtin" and not cfg.model):
+        raise Stop(f"--model, --train: found {cfg.model!r}, {cfg.train!r}; a training file needs a model of your own, "
+                   "and a model a training file (or --train builtin)")
 
 
 # -------------------------------------------------------------------------------- 2. RED's equations: Eq. (6) to (11)
 # Eq. (1) to (5) are RAPID's and stand in rapid.py. These are pure functions of numbers and tensors.
-def entropy_change(previous, h, decay):
-    """Eq. (6): e(k) = d e(k-1) + (1-d) h(k) -> (e(k), dH = |e(k) - e(k-1)|); without an e(k-1) -> (h, None).
+def entropy_change(previous, h, decay, kind="slope"):
+    """Eq. (6): e(k) = d e(k-1) + (1-d) h(k), e(0) = 0 -> (e(k), the size of the change that Eq. (7) compares).
 
-    h: mean entropy per token of update k in nats, on responses or on traces. The smoothing is [ours].
+    slope [ours]: h is h_on or h_off, the change that one side makes in update k, signed; its size is |e(k)|.
+    drift [RED, taken literally]: h is a mean entropy in nats, e(1) = h(1), and the size is |e(k) - e(k-1)|, unknown
+    (None) at first. Two updates see different prompts, whose entropies differ anyway, so this is mostly noise.
     """
-    if previous is None:
+    if kind == "drift" and previous is None:
         return h, None
-    e = decay * previous + (1 - decay) * h
-    return e, abs(e - previous)
+    e = decay * (previous or 0.0) + (1 - decay) * h
+    return e, abs(e - previous) if kind == "drift" else abs(e)
 
 
-def offline_weight(d_on, d_off, group_size, update):
-    """Eq. (7): lam(k) = clip(dH_off / (dH_on + 1e-8), 1, G); 1 in the first two updates and while a change is unknown.
+def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
+    """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in the first two updates and while a change is unknown.
 
-    Where RL no longer moves the entropy the traces count for more, up to a whole group; where RL explores by itself
-    they count for one response. [RED]: the ratio. [ours]: the bounds.
+    on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, the traces count for more,
+    up to a whole group of responses; where RL moves it by itself, they count for one response.
+    setting: dynamic, inverse, or a number in place of lam. inverse: clip(G on / (off + 1e-8), 0, G), so that the traces
+    move the entropy at most as much as RL does. least: another lower bound. [RED]: the ratio. [ours]: all else.
     """
-    if update <= 2 or d_on is None or d_off is None:
+    if setting not in ("dynamic", "inverse"):
+        return float(setting)
+    if update <= 2 or on is None or off is None:
         return 1.0
-    return min(max(d_off / (d_on + 1e-8), 1.0), float(group_size))
+    inverse = setting == "inverse"
+    ratio = group_size * on / (off + 1e-8) if inverse else off / (on + 1e-8)
+    return min(max(ratio, least if least >= 0 else float(not inverse)), float(group_size))
 
 
 def teacher_weight(accuracy, policy_shift, gamma):
@@ -268,20 +275,21 @@ def offline_advantage(correct, eps=1e-6):
     return float((r[-1] - r.mean()) / (r.std() + eps))
 
 
-def offline_loss(logp, mask, adv, beta, *, traces):
-    """Eq. (8), (9), (11) over the rows given -> (loss, sum of rho over their tokens, without gradient).
+def offline_loss(logp, slope, mask, adv, beta, *, traces):
+    """Eq. (8), (9), (11) over the rows given -> (loss, h_off of Eq. (6), sum of rho); the last two without gradient.
 
-    logp, mask [n, T]: log pi of the trace tokens; adv, beta [n]; traces: M of the whole update over all ranks, so that
-    the losses of micro-batches and ranks add up. The gradient of rho_t is rho_t grad log pi(o_t): with beta = 1 a token
-    of probability 0.01 gets 1 % of the gradient that SFT would give it, with beta = 0.1 about 9 %.
+    logp, slope, mask [n, T]: log pi and s_t of the trace tokens; adv, beta [n]; traces: M of the whole update over all
+    ranks, so that what micro-batches and ranks return adds up. The gradient of rho_t is rho_t grad log pi(o_t): with
+    beta = 1 a token of probability 0.01 gets 1 % of the gradient that SFT would give it, with beta = 0.1 about 9 %.
     """
     # In logs: with beta = 0 the ratio is 1 also where pi underflows, and p / p would be 0 / 0.
     log_teacher = beta.log()[:, None]                                                    # [n, 1]
     log_own = torch.log1p(-beta)[:, None] + logp                                         # [n, T]
     log_offline = torch.logaddexp(log_teacher, log_own).detach()                         # [n, T]  Eq. (8): log pi_off
     rho = (logp - log_offline).exp() * mask                                              # [n, T]  Eq. (9), in [0, 1]
-    per_trace = rho.sum(1) / mask.sum(1)                                                 # [n]     (1/|o|) sum_t rho_t
-    return -(adv * per_trace).sum() / traces, rho.sum().detach()                         # [], []  Eq. (11)
+    weight = (adv / mask.sum(1) / traces)[:, None]                                       # [n, 1]  A_off / (|o| M)
+    h_off = (weight * rho * slope).sum().detach()                                        # []      Eq. (6)
+    return -(weight * rho).sum(), h_off, rho.sum().detach()                              # []      Eq. (11)
 
 
 def sft_loss(logp, mask, *, tokens):
@@ -306,30 +314,21 @@ class Trace:
 
     prompt: list          # token ids
     response: list        # token ids of the trace, its end token included
-    adv: float = 1.0      # Eq. (10)
-    beta: float = 0.0     # Eq. (8)
+    accuracy: float       # a(x) of Eq. (8)
+    adv: float            # Eq. (10)
+    beta: float           # Eq. (8)
 
 
-def choose_traces(cfg, items, groups, state, ranks):
-    """This rank's traces of one update, each with its advantage of Eq. (10) and its beta of Eq. (8).
-
-    A trace goes with the group of its own prompt. With --traces it goes with the newest group of its problem, and a
-    problem that was never sampled counts as all wrong. [ours]
-    """
-    found = [(g.index, g.correct) for g in groups if items[g.index].traces]
-    if cfg.algo == "red" and cfg.traces:
-        mine = state.traced[ranks.rank::ranks.size]
-        found = [(index, state.correct.get(index, [0.0] * cfg.group_size)) for index in mine]
+def choose_traces(cfg, items, groups, update):
+    """This rank's traces of one update: of each group whose problem has one, with Eq. (8) and (10) by that group."""
     traces = []
-    for index, correct in found if cfg.algo in ("red", "sft") else ():
-        # One of the item's traces per visit, drawn by seed.
-        options = items[index].traces
-        k = random.Random(data.seed_of(cfg.seed, "trace", state.update + 1, index)).randrange(len(options))
-        trace = Trace(items[index].prompt, options[k])
-        if cfg.algo == "red":
-            trace.adv = offline_advantage(correct)
-            trace.beta = teacher_weight(sum(correct) / len(correct), cfg.policy_shift, cfg.shift_gamma)
-        traces.append(trace)
+    for g in groups:
+        options = items[g.index].traces
+        if options and cfg.algo in ("red", "sft"):
+            k = data.seed_of(cfg.seed, "trace", update, g.index) % len(options)          # one per visit
+            accuracy = float(np.mean(g.correct or 0.0))
+            beta = teacher_weight(accuracy, cfg.policy_shift, cfg.shift_gamma)
+            traces.append(Trace(items[g.index].prompt, options[k], accuracy, offline_advantage(g.correct), beta))
     return traces
 
 
@@ -339,18 +338,18 @@ def add_trace_gradient(cfg, model, traces, total):
     total, over all ranks and known before the first micro-batch: M of Eq. (11); with --algo sft the trace tokens.
     """
     sft = cfg.algo == "sft"                              # SFT has no sampler to agree with: its temperature is 1
-    sums = dict(traces=len(traces), adv_sum=sum(t.adv for t in traces))
-    lengths = [len(t.prompt) + len(t.response) for t in traces]
+    temperature = 1.0 if sft else cfg.temperature
+    sums, lengths = {}, [len(t.prompt) + len(t.response) for t in traces]
     for batch in rapid.micro_batches(lengths, cfg.tokens_per_microbatch):
         rows = [traces[i] for i in batch]
-        logp, entropy, mask = rapid.response_logps(model, rows, temperature=1.0 if sft else cfg.temperature)  # [n, T]
+        logp, entropy, slope, mask = rapid.response_logps(model, rows, temperature=temperature)          # [n, T] each
         adv, beta = logp.new_tensor([(t.adv, t.beta) for t in rows]).T                                   # [n], [n]
-        loss, rho = offline_loss(logp, mask, adv, beta, traces=total)                                    # [], []
+        loss, h_off, rho = offline_loss(logp, slope, mask, adv, beta, traces=total)                      # [] each
         if sft:
             loss = sft_loss(logp, mask, tokens=total)                                                    # []
         loss.backward()
-        part = dict(loss=loss.detach(), rho_sum=rho, entropy_sum=(entropy * mask).sum(), tokens=mask.sum())
-        rapid.add_metrics(sums, {name: float(value) for name, value in part.items()})
+        rapid.add_metrics(sums, dict(loss=loss.item(), h_off=h_off.item(), rho_sum=rho.item(),
+                                     entropy_sum=entropy.sum().item(), tokens=mask.sum().item()))
     return sums
 
 
@@ -362,40 +361,43 @@ def red_gradient(cfg, model, items, groups, state, ranks):
     leaves Eq. (6) as it was. --algo rapid and grpo take step 2 alone, sft step 1.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    offline, e_off = None, state.e_off
+    metrics, offline, e_off = {}, None, state.e_off
 
     # 1. The offline term, Eq. (8) to (11), alone in p.grad, then set aside.
-    traces = choose_traces(cfg, items, groups, state, ranks)
-    total = sum(ranks.gather(sum(len(t.response) for t in traces) if cfg.algo == "sft" else len(traces)))
-    if total:
-        offline = ranks.sum(add_trace_gradient(cfg, model, traces, total))
+    traces = choose_traces(cfg, items, groups, state.update + 1)
+    everyones = sum(ranks.gather([(len(t.response), t.accuracy, t.adv) for t in traces]), [])
+    if everyones:
+        tokens, accuracy, adv = np.array(everyones).T                                    # [M] each
+        offline = ranks.sum(add_trace_gradient(cfg, model, traces, tokens.sum() if cfg.algo == "sft" else len(tokens)))
         ranks.sum_gradients(parameters)
-        entropy_off = offline["entropy_sum"] / offline["tokens"]
+        metrics = dict(traces=len(tokens), entropy_off=offline["entropy_sum"] / offline["tokens"])
         if cfg.algo == "sft":
-            return dict(loss=offline["loss"], entropy_off=entropy_off, traces=offline["traces"]), None, None
+            return dict(metrics, loss=offline["loss"]), None, None
         offline_grads = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
 
     # 2. The online term, Eq. (1) to (4). Its denominator B G Lbar is that of the whole update, over all ranks.
-    metrics = rapid.summarise(ranks.sum(rapid.accumulate(
+    online = rapid.summarise(ranks.sum(rapid.accumulate(
         model, [r for g in groups for r in g.rollouts], group_size=cfg.group_size,
         denominator=cfg.prompts * cfg.group_size * state.lbar, algo="grpo" if cfg.algo == "grpo" else "rapid",
         eta=cfg.eta, is_level=cfg.is_level, baseline=cfg.baseline, adv_norm=cfg.adv_norm, temperature=cfg.temperature,
         token_budget=cfg.tokens_per_microbatch)))
     ranks.sum_gradients(parameters)
-    metrics["grad_norm_on"] = norm(p.grad for p in parameters)
+    metrics = dict(metrics, **online, grad_norm_on=norm(p.grad for p in parameters))
 
-    # 3. Eq. (6), (7): the weight of the offline term. Eq. (12): the sum.
-    e_on, d_on = entropy_change(state.e_on, metrics["entropy"], cfg.entropy_decay)
+    # 3. Eq. (6), (7): the weight of the offline term. Eq. (12): the sum. An update without traces leaves e_off alone.
+    drift = cfg.entropy_change == "drift"
+    h_on = metrics["entropy"] if drift else metrics["h_on"]
+    e_on, on = entropy_change(state.e_on, h_on, cfg.entropy_decay, cfg.entropy_change)
     if offline:
-        e_off, d_off = entropy_change(state.e_off, entropy_off, cfg.entropy_decay)
-        lam = offline_weight(d_on, d_off, cfg.group_size, state.update + 1)
-        lam = lam if cfg.off_weight == "dynamic" else float(cfg.off_weight)
+        h_off = metrics["entropy_off"] if drift else offline["h_off"]
+        e_off, off = entropy_change(state.e_off, h_off, cfg.entropy_decay, cfg.entropy_change)
+        lam = offline_weight(on, off, cfg.group_size, state.update + 1, cfg.off_weight, cfg.off_weight_min)
         scale = lam / cfg.group_size
-        metrics.update(lam=lam, entropy_off=entropy_off, dH_on=d_on, dH_off=d_off, loss_off=offline["loss"],
-                       rho=offline["rho_sum"] / offline["tokens"], adv_off=offline["adv_sum"] / offline["traces"],
-                       traces=offline["traces"], grad_norm_off=norm(offline_grads) * scale)
+        metrics.update(lam=lam, h_off=offline["h_off"], loss_off=offline["loss"], adv_off=adv.mean(),
+                       rho=offline["rho_sum"] / offline["tokens"], trace_accuracy=accuracy.mean(),
+                       trace_accuracy_std=accuracy.std(), grad_norm_off=norm(offline_grads) * scale)
         for p, g in zip(parameters, offline_grads):
             if g is not None:
                 p.grad = g.mul_(scale) if p.grad is None else p.grad.add_(g, alpha=scale)
@@ -410,25 +412,35 @@ def norm(grads):
 def take_update(cfg, model, optimizer, items, groups, state, ranks):
     """One optimizer step on this rank's groups -> metrics.
 
-    A loss or gradient that is not finite would stay in Adam's moments for ever, so such an update changes nothing.
+    A gradient that is not finite would stay in Adam's moments for ever, so such an update changes nothing.
     """
     # The learning rate warms up, stays, and falls to zero in the cool-down.
-    warm, left = (state.update + 1) / max(1, cfg.warmup), (cfg.updates - state.update) / max(1, cfg.cooldown)
+    warm = (state.update + 1) / max(1, cfg.warmup)
+    left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * min(1.0, warm, left)
-    model.train()
     optimizer.zero_grad(set_to_none=True)
+    model.train()                                        # for --grad-checkpointing: there is no dropout
     with autocast(cfg, model):
         metrics, e_on, e_off = red_gradient(cfg, model, items, groups, state, ranks)
-    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm).item()
-    metrics["skipped"] = not math.isfinite(metrics["grad_norm"] + metrics["loss"] + metrics.get("loss_off", 0.0))
-    if not metrics["skipped"]:
-        optimizer.step()
-        state.e_on, state.e_off = e_on, e_off
-    optimizer.zero_grad(set_to_none=True)                # an engine on the same card can use this memory
+    norm_before = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
     state.update += 1
-    state.skipped = state.skipped + 1 if metrics["skipped"] else 0
-    return dict(update=state.update, lr=group["lr"], **metrics)
+    state.skipped += 1
+    if math.isfinite(norm_before):
+        optimizer.step()
+        state.e_on, state.e_off, state.skipped = e_on, e_off, 0
+    optimizer.zero_grad(set_to_none=True)                # an engine on the same card can use this memory
+    return dict(metrics, update=state.update, lr=group["lr"], grad_norm=norm_before, skipped=state.skipped > 0)
+
+
+def check_gap(cfg, gap):
+    """Stop where sampler and trainer disagree on-policy by more than rounding: the weights did not arrive, or another
+    temperature was used. gap: mean |log pi - log mu| per token in nats. Rounding was measured at 6e-6 in float32 and at
+    0.06 in bfloat16; a layer norm that stayed behind gave 4.5."""
+    limit = 0.3 if cfg.dtype == "bfloat16" else 0.01
+    if not gap <= limit:
+        raise Stop(f"sampler and trainer disagree on-policy by {gap:.3g} nats per token, allowed is {limit}: the"
+                   " sampler lacks the trainer's weights or temperature; --engine hf shares them")
 
 
 # -------------------------------------------------------------------------------------------------------- 4. one phase
@@ -448,84 +460,91 @@ def reward_of(rollout, verdict):
     return float(verdict.correct)
 
 
-def sample_and_judge(engine, text, items, *, n, temperature, max_new_tokens, seeds):
-    """n responses to each item -> per item a list of n (Rollout, Verdict)."""
+def sample_and_judge(engine, items, *, n, temperature, seeds):
+    """n responses to each item -> per item a list of n (Rollout, Verdict). seeds: one per item, at least n apart."""
     engine.push()
-    samples = engine.generate([x.prompt for x in items], n=n, temperature=temperature, max_new_tokens=max_new_tokens,
-                              seeds=seeds)
-    judged = []
-    for item, rollouts in zip(items, samples):
-        engine.tick(f"checking {len(judged)}/{len(items)}")
-        judged.append([(r, judge(text, item, r)) for r in rollouts])
-    return judged
+    prompts = [item.prompt for item in items for _ in range(n)]
+    rollouts = engine.generate(prompts, [seed + j for seed in seeds for j in range(n)], temperature)
+    pairs = []
+    for k, rollout in enumerate(rollouts):
+        engine.tick(f"checking {k}/{len(rollouts)}")
+        if not math.isfinite(sum(rollout.mu)):
+            raise Stop("the model's log-probs are not finite: its weights are damaged, or --lr is far too high")
+        pairs.append((rollout, judge(engine.text, items[k // n], rollout)))
+    return [pairs[k:k + n] for k in range(0, len(pairs), n)]
 
 
-def sample_phase(cfg, engine, text, items, queue, state, ranks):
+def sample_phase(cfg, engine, items, queue, state, ranks):
     """H B problems, G responses each, in one large batch, checked and dealt into H batches of B groups [RAPID].
 
-    -> (this rank's Groups of each batch, the item indices of each batch over all ranks, metrics over all ranks).
-    With --algo sft there is nothing to sample: a phase is one batch of B problems that have a trace.
+    -> (this rank's Groups of each batch, (pool, item index) of each batch over all ranks, metrics over all ranks). With
+    --algo sft there is nothing to sample: a phase is one batch of B problems that have a trace.
     """
+    start, updates = clock(), min(cfg.updates_per_phase, cfg.updates - state.update)
+    traced = cfg.prompts if cfg.algo == "sft" else round(cfg.traced_share * cfg.prompts)
+    plan = []
+    for _ in range(1 if cfg.algo == "sft" else updates):
+        plan.append([("traced", i) for i in queue.take("traced", traced)] +
+                    [("all", i) for i in queue.take("all", cfg.prompts - traced)])
+    # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
+    mine = [(h, k, plan[h][k][1]) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
     if cfg.algo == "sft":
-        plan = [queue.take("traced", cfg.prompts)]
-        return [[Group(index, [], []) for index in plan[0][ranks.rank::ranks.size]]], plan, {}
-    start = clock()
-    plan = [queue.take("all", cfg.prompts) for _ in range(min(cfg.updates_per_phase, cfg.updates - state.update))]
-    # Problem k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
-    mine = [(h, k) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
-    judged = sample_and_judge(engine, text, [items[plan[h][k]] for h, k in mine], n=cfg.group_size,
-                              temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens,
-                              seeds=[data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k in mine])
+        return [[Group(index, [], []) for _, _, index in mine]], plan, {}
+    seeds = [data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine]
+    judged = sample_and_judge(engine, [items[index] for *_, index in mine], n=cfg.group_size,
+                              temperature=cfg.temperature, seeds=seeds)
     batches, counts = [[] for _ in plan], {}
-    for (h, k), pairs in zip(mine, judged):
+    for (h, _, index), pairs in zip(mine, judged):
         for rollout, verdict in pairs:
             rollout.reward = reward_of(rollout, verdict)
             part = {"tokens": len(rollout.response), "responses": 1, "verdict_" + verdict.reason: 1}
             rapid.add_metrics(counts, part)
-        batches[h].append(Group(plan[h][k], [r for r, _ in pairs], [float(v.correct) for _, v in pairs]))
-    if cfg.algo == "red" and cfg.traces:     # sorted by place: of two groups of a problem the later counts
-        seen = [(h, k, plan[h][k], [float(v.correct) for _, v in pairs]) for (h, k), pairs in zip(mine, judged)
-                if items[plan[h][k]].traces]
-        state.correct.update({index: correct for _, _, index, correct in sorted(sum(ranks.gather(seen), []))})
-    counts = ranks.sum(counts)
+        batches[h].append(Group(index, [r for r, _ in pairs], [float(v.correct) for _, v in pairs]))
+    metrics = ranks.sum(counts)
+    state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
+    # --mu trainer: log mu by the trainer itself, before its first update. Over a long response a bfloat16 sampler's
+    # rounding adds up to weights that throw the phase away.
+    if cfg.mu == "trainer" or cfg.mu == "auto" and engine.mu == "trainer":
+        with autocast(cfg, engine.model):
+            gap = ranks.sum(rapid.rescore(engine.model, [r for pairs in judged for r, _ in pairs],
+                                          temperature=cfg.temperature, token_budget=cfg.tokens_per_microbatch))
+        metrics["abs_dlogp_on_policy"] = gap["abs_dlogp_sum"] / gap["tokens"]
     state.phase += 1
-    state.lbar = counts["tokens"] / counts["responses"]                  # Lbar of Eq. (4): one constant per phase
-    return batches, plan, dict(counts, phase=state.phase, sample_seconds=clock() - start)
+    return batches, plan, dict(metrics, phase=state.phase, sample_seconds=clock() - start)
 
 
 # --------------------------------------------------------------------------------------------------------- 5. the loop
-def train(cfg, run, ranks, model, engine, text, items, tests, optimizer, queue, state):
+def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
     """Phases of updates until --updates are taken or a signal asks to stop. tests: {name: (k, items)}.
 
     state: a new State or a checkpoint's, changed in place. Checkpoints stand between phases: there all responses are
     used up, so weights, moments and State are all that a resumed run needs.
     """
-    run.evaluate_if_due(engine, text, tests, ranks, state)
+    evaluate(cfg, run, engine, tests, state)
     stopping = False
     while state.update < cfg.updates and not stopping:
         # 1. Inference. mu of Eq. (1) is the policy as it is now.
         start = clock()
-        batches, plan, phase = sample_phase(cfg, engine, text, items, queue, state, ranks)
+        batches, plan, phase = sample_phase(cfg, engine, items, queue, state, ranks)
 
         for h, groups in enumerate(batches):
             # 2. One update.
-            if cfg.algo == "red" and cfg.traces:
-                state.traced = draw_traces(queue, cfg.traces, state.correct)
-            metrics = take_update(cfg, model, optimizer, items, groups, state, ranks)
+            metrics = take_update(cfg, engine.model, optimizer, items, groups, state, ranks)
+            if phase:    # the first update is on-policy: what is wrong with its weights is no staleness
+                first_ess = metrics["ess"]
+                check_gap(cfg, phase.setdefault("abs_dlogp_on_policy", metrics["abs_dlogp"]))
 
-            # 3. Eq. (5): weights that have degenerated end the phase; its unused problems go back into the queue.
-            over = cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"], cfg.min_ess)
-            unused = plan[h + 1:] if over else []
-            if unused:
-                queue.give_back("all", sum(unused, []))
-                metrics["updates_dropped"] = len(unused)
+            # 3. Eq. (5): weights that have become stale end the phase; its unused problems go back into the queue.
+            unused = []
+            if cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"] / first_ess, cfg.min_ess):
+                unused = plan[h + 1:]
+            queue.give_back(sum(unused, []))
+            metrics["updates_dropped"] = len(unused)
 
-            # 4. What happened. The gap between sampler and trainer is pure in a phase's first, on-policy update.
+            # 4. What happened.
             state.seconds += clock() - start
-            if phase:
-                phase["abs_dlogp_on_policy"] = metrics["abs_dlogp"]
             run.log_update(dict(metrics, **phase), state)
-            run.evaluate_if_due(engine, text, tests, ranks, state)
+            evaluate(cfg, run, engine, tests, state)
             if unused:
                 break
             start, phase = clock(), {}
@@ -533,7 +552,7 @@ def train(cfg, run, ranks, model, engine, text, items, tests, optimizer, queue, 
         # 5. A checkpoint, at the first end of a phase after --save-every updates.
         stopping = any(ranks.gather(run.stop_asked))
         if stopping or state.update >= cfg.updates or state.update - state.saved >= cfg.save_every:
-            run.save(state, model, text, optimizer, queue, ranks)
+            run.save(state, engine, optimizer, queue)
 
 
 # ======================================================================================================================
@@ -551,56 +570,50 @@ class HFEngine:
     """
 
     def __init__(self, cfg, model, text):
-        self.cfg, self.model, self.stops = cfg, model, text.stops
-        self.tick = print_nothing
+        self.cfg, self.model, self.text = cfg, model, text
+        self.mu, self.tick = "sampler", print_nothing
 
     def push(self):
         """Nothing to do: sampler and trainer share their weights."""
 
     @torch.no_grad()
-    def generate(self, prompts, *, n, temperature, max_new_tokens, seeds):
-        """prompts: token ids; seeds: one integer per prompt, at least n apart -> per prompt n Rollouts of reward 0.
-
-        temperature 0 is greedy, with the log-probs of temperature 1.
-        """
+    def generate(self, prompts, seeds, temperature):
+        """A Rollout of reward 0 for each prompt (token ids). temperature 0: greedy, with log-probs of temperature 1."""
         self.model.eval()
-        results = [None] * len(prompts)
-        per_batch = max(1, self.cfg.sample_rows // n)
+        rollouts = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))       # similar lengths: little padding
-        for start in range(0, len(order), per_batch):
+        for start in range(0, len(order), self.cfg.sample_rows):
             self.tick(f"sampling {start}/{len(order)}")
-            chosen = order[start:start + per_batch]
-            generators = [torch.Generator().manual_seed(seeds[i] + j) for i in chosen for j in range(n)]
-            uniforms = [torch.rand(max_new_tokens, dtype=torch.float64, generator=g) for g in generators]    # [T] each
+            chosen = order[start:start + self.cfg.sample_rows]
             with autocast(self.cfg, self.model):
-                rollouts = self.batch([prompts[i] for i in chosen], n, temperature, torch.stack(uniforms))
-            for k, i in enumerate(chosen):
-                results[i] = rollouts[k * n:(k + 1) * n]
-        return results
+                batch = self.batch([prompts[i] for i in chosen], [seeds[i] for i in chosen], temperature)
+            for i, rollout in zip(chosen, batch):
+                rollouts[i] = rollout
+        return rollouts
 
-    def batch(self, prompts, n, temperature, uniforms):
-        """One batch: P prompts, N = P n rows, uniforms [N, T] -> N Rollouts. Rows that have ended leave the cache."""
+    def batch(self, prompts, seeds, temperature):
+        """N prompts -> N Rollouts, sampled side by side. Rows that have ended leave the batch and its cache."""
         from transformers import DynamicCache
-        # 1. Each prompt once. Padding is on the left, so that the last column is every row's last prompt token. The
-        # mask comes from lengths: the padding id may be any id. Kernels are faster without a mask.
+        # 1. The prompts. Padding is on the left, so that the last column is every row's last prompt token. The mask
+        # comes from lengths: the padding id may be any id. Kernels are faster without a mask.
         device = self.model.device
-        ids, mask = (x.flip(1) for x in rapid.pad([p[::-1] for p in prompts], device))                  # [P, W] twice
-        padded, uniforms = not mask.all(), uniforms.to(device)
+        ids, mask = (x.flip(1) for x in rapid.pad([p[::-1] for p in prompts], device))                  # [N, W] twice
+        padded, position = not mask.all(), mask.sum(1)                                                       # [N]
+        cache = DynamicCache(config=self.model.config)
         out = self.model(input_ids=ids, attention_mask=mask if padded else None, logits_to_keep=1, use_cache=True,
-                         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                         past_key_values=DynamicCache(config=self.model.config))
+                         position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+        logits = out.logits[:, -1]                                                                           # [N, V]
 
-        # 2. The prompts' cache n times. `rows` says which of the N rows are still being sampled.
-        cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)                       # [N, V]
-        cache.batch_repeat_interleave(n)
-        mask = mask.repeat_interleave(n, 0)                                                                  # [N, W]
-        position, rows = mask.sum(1), torch.arange(len(mask), device=device)                                 # [N], [N]
-        stops = torch.tensor(sorted(self.stops), device=device)
+        # 2. What will be drawn. `rows` says which of the N rows are still being sampled.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniforms = torch.stack([torch.rand(self.cfg.max_new_tokens, dtype=torch.float64, generator=g)
+                                for g in generators]).to(device)                                             # [N, T]
         tokens = torch.full(uniforms.shape, -1, device=device)                                               # [N, T]
         logps = torch.zeros(uniforms.shape, device=device)                                                   # [N, T]
+        rows, stops = torch.arange(len(ids), device=device), torch.tensor(sorted(self.text.stops), device=device)
 
         # 3. Token by token.
-        ended = torch.zeros(len(mask), dtype=torch.bool, device=device)                                      # [N]
+        ended = torch.zeros_like(rows, dtype=torch.bool)                                                     # [N]
         for t in range(uniforms.shape[1]):
             token, logp = draw(logits, uniforms[rows, t], temperature)                                       # [live]
             tokens[rows, t], logps[rows, t] = token, logp
@@ -620,8 +633,8 @@ class HFEngine:
         # 4. Each row up to its end token; a row without one was cut.
         rollouts = []
         for row, (ids, mu) in enumerate(zip(tokens.tolist(), logps.tolist())):
-            length = next((t + 1 for t, token in enumerate(ids) if token in self.stops), None)
-            rollouts.append(rapid.Rollout(prompts[row // n], ids[:length], mu[:length], 0.0, truncated=not length))
+            length = next((t + 1 for t, token in enumerate(ids) if token in self.text.stops), None)
+            rollouts.append(rapid.Rollout(prompts[row], ids[:length], mu[:length], 0.0, truncated=not length))
         return rollouts
 
 
@@ -644,6 +657,13 @@ def draw(logits, uniforms, temperature):
 
 def print_nothing(words):
     """What tick() is until the run has a progress line."""
+
+
+def say(line):
+    """One line above the progress line. Training goes on where nobody reads it any more."""
+    from tqdm import tqdm
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(line)
 
 
 def pick_engine(cfg, device):
@@ -673,23 +693,22 @@ class VLLMEngine:
     wakes it, so push() must come before each generate(). Written from vLLM's source; never run on a GPU."""
 
     def __init__(self, cfg, model, text):
-        self.model, self.stops, self.cuda = model, sorted(text.stops), model.device.type == "cuda"
-        self.asleep, self.tick = False, print_nothing
+        self.cfg, self.model, self.text, self.cuda = cfg, model, text, model.device.type == "cuda"
+        self.mu, self.asleep, self.tick = "trainer", False, print_nothing
         # Read when vllm is imported: in this process, quiet, 1 GiB of cache on a CPU (else a share of all memory).
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
                            VLLM_CPU_KVCACHE_SPACE="1") | os.environ
         room = min(cfg.max_prompt_tokens + cfg.max_new_tokens, context(model))
         # Token ids go in and out and push() brings the weights, so the engine starts from the configuration alone.
         # processed_logprobs: after the temperature, as mu of Eq. (1) needs them.
-        settings = dict(dtype="bfloat16" if half_precision(cfg, model.device) else "float32", max_model_len=room,
-                        load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
-                        logprobs_mode="processed_logprobs")
+        settings = dict(dtype=cfg.dtype, max_model_len=room, load_format="dummy", skip_tokenizer_init=True,
+                        generation_config="vllm", logprobs_mode="processed_logprobs")
         if self.cuda:
             settings.update(enable_sleep_mode=True, gpu_memory_utilization=cfg.gpu_memory_utilization)
         else:    # its CPU build raises "CPU Generator does not use offset" on a seeded prompt prefilled in parts
             settings.update(enforce_eager=True, enable_chunked_prefill=False, max_num_seqs=256,
                             max_num_batched_tokens=max(8192, room))
-        if dist.is_initialized():       # this rank's engine on its own card, alone in its group
+        if "WORLD_SIZE" in os.environ:  # torchrun: this rank's engine on its own card, alone in its group
             settings.update(distributed_executor_backend="external_launcher")
         with tempfile.TemporaryDirectory() as folder, self.guarded("start"):
             model.config.save_pretrained(folder)
@@ -699,13 +718,13 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def guarded(self, doing):
-        """Put back what vLLM changes in the trainer's process: torch's random generator and its threads (one on a GPU;
-        on a CPU it replaces torch.set_num_threads by a function that does nothing). Its errors become one line."""
+        """Put back torch's threads: vLLM sets one on a GPU, and on a CPU replaces torch.set_num_threads by a function
+        that does nothing. Its errors become one line."""
         threads = torch.get_num_threads()
         # On a CPU vLLM would compile one small function: seconds, and a C++ compiler, for nothing.
         eager = contextlib.nullcontext() if self.cuda else torch.compiler.set_stance("force_eager")
         try:
-            with torch.random.fork_rng([self.model.device] if self.cuda else []), eager:
+            with eager:
                 yield
         except Exception as error:      # they have many types
             reason = " ".join(str(error).split())[:300]
@@ -738,25 +757,24 @@ class VLLMEngine:
             self.llm.sleep(level=2)
             self.asleep = True
 
-    def generate(self, prompts, *, n, temperature, max_new_tokens, seeds):
-        """As HFEngine.generate. A prompt goes in n times: its keys and values are found in vLLM's prefix cache."""
+    def generate(self, prompts, seeds, temperature):
+        """As HFEngine.generate."""
         assert not self.asleep, "push() must come before generate(): a sleeping engine holds no weights"
         from vllm import SamplingParams
-        self.tick(f"sampling {len(prompts)} prompts")
-        shared = dict(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, flat_logprobs=True,
-                      stop_token_ids=self.stops, ignore_eos=True, detokenize=False)
-        rows = [{"prompt_token_ids": [*p]} for p in prompts for _ in range(n)]
-        params = [SamplingParams(seed=seed + j, **shared) for seed in seeds for j in range(n)]
+        self.tick(f"sampling {len(prompts)} responses")
+        shared = dict(temperature=temperature, max_tokens=self.cfg.max_new_tokens, logprobs=0, flat_logprobs=True,
+                      stop_token_ids=sorted(self.text.stops), ignore_eos=True, detokenize=False)
         with self.guarded("sample"):
-            outputs = self.llm.generate(rows, params, use_tqdm=False)
+            outputs = self.llm.generate([{"prompt_token_ids": [*prompt]} for prompt in prompts],
+                                        [SamplingParams(seed=seed, **shared) for seed in seeds], use_tqdm=False)
             self.sleep()
         rollouts = []
-        for k, output in enumerate(outputs):
+        for prompt, output in zip(prompts, outputs):
             done, = output.outputs               # its ids include the end token; logprobs=0: of the sampled token alone
             mu = [done.logprobs.logprobs[i] for i in done.logprobs.start_indices]
             cut = done.finish_reason == "length"
-            rollouts.append(rapid.Rollout(prompts[k // n], list(done.token_ids), mu, 0.0, truncated=cut))
-        return [rollouts[k:k + n] for k in range(0, len(rollouts), n)]
+            rollouts.append(rapid.Rollout(prompt, list(done.token_ids), mu, 0.0, truncated=cut))
+        return rollouts
 
 
 # -------------------------------------------------------------------------------------------------------- 7. the model
@@ -769,11 +787,9 @@ def load_model(cfg, source, device):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(source)
     path = path / "model" if (path / "model").is_dir() else path
-    if path == BASE and not path.exists():
-        raise Stop(f"--model: missing, and the built-in base policy is not at {path}; copy assets/base of the project "
-                   "there, make it with python assets/bench.py --make-base, or give --model and --train")
-    if path.exists() and not (path / "config.json").is_file():
-        raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run")
+    if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
+        raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run. The "
+                   "built-in model is assets/base of the project, made by python assets/bench.py --make-base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         if not tokenizer.encode("1"):        # what transformers makes up where there are no tokenizer files
@@ -782,6 +798,10 @@ def load_model(cfg, source, device):
         rapid.check_head(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Stop(f"--model: {path} could not be loaded: {first_line(error)}") from error
+    # No dropout, in training either: the sampler has none, so it would be a difference between pi and mu.
+    for module in model.modules():
+        for name in {"p", "attention_dropout"} & vars(module).keys():
+            setattr(module, name, 0.0)
     if cfg.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
@@ -797,14 +817,9 @@ def context(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def half_precision(cfg, device):
-    """Is this run computed in bfloat16? The weights are float32 either way."""
-    return cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-
-
 def autocast(cfg, model):
     """bfloat16 autocast or none. It caches the cast weights until it is left, so enter it anew after every step."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision(cfg, model.device))
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 # ------------------------------------------------------------------------------------------------------------ 8. ranks
@@ -842,9 +857,11 @@ class Ranks:
         parameters = list(parameters)
         if self.size == 1 or not any(self.gather(any(p.grad is not None for p in parameters))):
             return                                       # without any gradient Adam must not step on zeros
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.flatten() for g in grads])   # one message, not one per parameter
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
+            p.grad = g.view_as(p)
 
     def optimizer(self, model, lr):
         """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
@@ -868,8 +885,6 @@ class State:
     lbar: float = 0.0              # Lbar of Eq. (4)
     e_on: float | None = None      # e(k) of Eq. (6)
     e_off: float | None = None
-    traced: list = field(default_factory=list)    # --traces: the problems of this update's traces, over all ranks
-    correct: dict = field(default_factory=dict)   # --traces: verdicts of the newest group of each problem with a trace
     skipped: int = 0               # updates in a row that were not finite
     evaluated: int = -1            # update of the newest evaluation
     saved: int = 0                 # update of the newest checkpoint
@@ -878,77 +893,63 @@ class State:
     queue: dict = field(default_factory=dict)
 
 
-def draw_traces(queue, n, correct):
-    """The next n of the traced pool, less those whose newest group was all right: their A_off of Eq. (10) is 0."""
-    retired = {i for i, row in correct.items() if min(row) == 1}
-    taken, n = [], min(n, len(set(queue.pools["traced"]) - retired))
-    while len(taken) < n:
-        taken += [i for i in queue.take("traced", 1) if i not in retired]
-    return taken
-
-
 def clock():
-    """Seconds. On one CPU thread the process's own time: what an idle core would take, however busy it is."""
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if alone else time.perf_counter()
-
-
-def pass_at_k(n, c, k):
-    """Unbiased estimate of P(at least one of k samples is right) from c right ones of n: 1 - C(n-c, k) / C(n, k).
-
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
-    (0.25, 0.5, 1.0)
-    """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+    """Seconds. Without a GPU those of the processor, which do not depend on what else the machine does."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def mean_and_error(values):
     """Mean over problems and its standard error (0 for a single problem)."""
-    return float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1))) / math.sqrt(len(values))
+    return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
 
 
-def evaluate(cfg, engine, text, tests, state, ranks):
-    """All evaluation sets -> (one metrics row each, the responses, one dict each). tests: {name: (k, items)}.
+def evaluate(cfg, run, engine, tests, state):
+    """Before the first update, every --eval-every and after the last: mean@k and pass@k of tests, {name: (k, items)}.
 
-    The seeds are the same at every update, so two evaluations differ by the policy alone. Every rank takes its share of
-    the problems, and all of them get all rows.
+    Rows go into metrics.jsonl and on the screen, all responses into a file, two of each test on the screen. The seeds
+    are the same at every update, so two evaluations differ by the policy alone. Every rank takes a share of problems.
     """
-    rows, responses = [], []
+    due = state.update % cfg.eval_every == 0 or state.update >= cfg.updates
+    if not tests or not due or state.evaluated == state.update:
+        return
+    state.evaluated, responses = state.update, []
     for name, (k, items) in tests.items():
         # 1. This rank's problems, sampled and judged; then those of all ranks.
-        mine, own = range(ranks.rank, len(items), ranks.size), []
-        judged = sample_and_judge(
-            engine, text, [items[i] for i in mine], n=k, temperature=cfg.eval_temperature,
-            max_new_tokens=cfg.max_new_tokens, seeds=[data.seed_of(cfg.seed, "eval", name, i) for i in mine])
+        mine, own = range(run.ranks.rank, len(items), run.ranks.size), []
+        judged = sample_and_judge(engine, [items[i] for i in mine], n=k, temperature=cfg.eval_temperature,
+                                  seeds=[data.seed_of(cfg.seed, "eval", name, i) for i in mine])
         for i, pairs in zip(mine, judged):
             for r, verdict in pairs:
-                own.append(dict(vars(items[i].problem), eval=name, problem=i, response=text.decode(r.response),
-                                tokens=len(r.response), nll=-sum(r.mu), truncated=r.truncated, **verdict._asdict()))
-        own = sum(ranks.gather(own), [])
-
-        # 2. Right ones per problem, and means over problems: standard errors are over problems, not over samples.
-        right, levels = [0] * len(items), {}
-        for row in own:
-            right[row["problem"]] += row["correct"]
-            levels.setdefault(row["level"], []).append(row["correct"])
-        mean, mean_se = mean_and_error([c / k for c in right])
-        passed, pass_se = mean_and_error([pass_at_k(k, c, k) for c in right])
-        total = {key: sum(row[key] for row in own) for key in ("tokens", "nll", "truncated")}
-        rows.append({"update": state.update, "eval": name, "seconds": round(state.seconds, 2), "problems": len(items),
-                     "samples": k, "mean": mean, "mean_se": mean_se, "pass": passed, "pass_se": pass_se,
-                     "length": total["tokens"] / len(own), "truncated": total["truncated"] / len(own),
-                     "entropy": total["nll"] / total["tokens"],                          # -log p per token, in nats
-                     "levels": {level: float(np.mean(levels[level])) for level in sorted(levels) if level}})
+                own.append(dict(vars(items[i].problem), eval=name, problem=i, response=engine.text.decode(r.response),
+                                tokens=len(r.response), truncated=r.truncated, **verdict._asdict()))
+        own = sum(run.ranks.gather(own), [])
         responses += own
-    return rows, responses
+
+        # 2. mean@k: share of right ones. pass@k: share of problems with a right one. Standard errors are over problems,
+        # not over samples.
+        column = {key: np.array([row[key] for row in own]) for key in own[0]}            # [problems k] each
+        right = np.bincount(column["problem"], column["correct"])                        # [problems]
+        row = dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k,
+                   length=column["tokens"].mean(), truncated=column["truncated"].mean())
+        row["mean"], row["mean_se"] = mean_and_error(right / k)
+        row["pass"], row["pass_se"] = mean_and_error(right > 0)
+        levels = sorted(set(column["level"].tolist()) - {""})
+        row["levels"] = {level: column["correct"][column["level"] == level].mean() for level in levels}
+        run.write("metrics.jsonl", [row])
+        by_level = "  ".join(f"{level} {share:.3f}" for level, share in row["levels"].items())
+        run.log("eval {eval} at update {update}: mean@{samples} {mean:.3f} +- {mean_se:.3f}  pass@{samples} {pass:.3f} "
+                "+- {pass_se:.3f}  length {length:.1f}  truncated {truncated:.3f}  ".format(**row) + by_level)
+        for row in {row["correct"]: row for row in own}.values():
+            run.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**row)[:800])
+    run.write(f"responses-{state.update:06d}.jsonl", responses, mode="w")
 
 
 class Run:
-    """The run directory and the progress line. Rank 0 alone writes."""
+    """The run directory, the progress line and the signals. Rank 0 alone writes."""
 
     def __init__(self, cfg, ranks, log):
-        self.cfg, self.rank, self.log, self.path, self.stop_asked = cfg, ranks.rank, log, Path(cfg.out), False
-        if self.rank == 0:
+        self.cfg, self.ranks, self.log, self.path, self.stop_asked = cfg, ranks, log, Path(cfg.out), False
+        if ranks.rank == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "w")    # the system lets the lock go when the process ends
             try:
@@ -957,19 +958,13 @@ class Run:
                 raise Stop(f"--out: another process trains in {self.path}; give another directory") from error
 
     def start(self, engine, state):
-        """The progress line, and the signals: Run.ask."""
+        """The progress line, shown on a terminal only, and the signals."""
         from tqdm import tqdm
-        hidden = True if self.rank else None             # None: shown on a terminal only
-        self.bar = tqdm(total=self.cfg.updates, initial=state.update, disable=hidden, dynamic_ncols=True,
-                        file=sys.stdout)
+        self.bar = tqdm(total=self.cfg.updates, initial=state.update, disable=self.ranks.rank > 0 or None,
+                        dynamic_ncols=True, file=sys.stdout)
         engine.tick = self.bar.set_description_str
-        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def close(self):
-        """Undo start()."""
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
 
     def ask(self, number, frame):
         """The first SIGTERM or Ctrl-C asks the loop to stop after the phase, a second one leaves at once."""
@@ -980,31 +975,11 @@ class Run:
 
     def write(self, name, rows, mode="a", indent=None):
         """Lines of JSON into a file of the run: at its end, or with mode "w" in place of it, by rename."""
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             path = self.path / (name if mode == "a" else name + ".tmp")
             with open(path, mode) as f:
                 f.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
             path.rename(self.path / name)
-
-    def evaluation(self, rows, responses, name):
-        """What evaluate() returns: rows into metrics.jsonl and on the screen, responses into the file `name`."""
-        self.write("metrics.jsonl", rows)
-        self.write(name, responses, mode="w")
-        for row in rows:
-            levels = "  ".join(f"{level} {value:.3f}" for level, value in row["levels"].items())
-            self.log("eval {eval} at update {update}: mean@{samples} {mean:.3f} +- {mean_se:.3f}  pass@{samples} "
-                     "{pass:.3f} +- {pass_se:.3f}  length {length:.1f}  truncated {truncated:.3f}  {levels}".format(
-                         **dict(row, levels=levels)))
-        for row in {r["correct"]: r for r in responses}.values():        # one right and one wrong response
-            self.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**row)[:800])
-
-    def evaluate_if_due(self, engine, text, tests, ranks, state):
-        """Evaluate before the first update, every --eval-every, and after the last."""
-        due = state.update % self.cfg.eval_every == 0 or state.update >= self.cfg.updates
-        if tests and due and state.evaluated != state.update:
-            rows, responses = evaluate(self.cfg, engine, text, tests, state, ranks)
-            self.evaluation(rows, responses, f"responses-{state.update:06d}.jsonl")
-            state.evaluated = state.update
 
     def log_update(self, row, state):
         """A row of metrics.jsonl, and the progress line: without a terminal a plain line per tenth update."""
@@ -1016,26 +991,26 @@ class Run:
             left = state.seconds / state.update * (self.cfg.updates - state.update)
             self.log(f"update {state.update}/{self.cfg.updates}  {shown}  left {left:.0f} s")
         if row["skipped"]:
-            self.log(f"update {state.update} skipped: its loss or gradient is not finite")
+            self.log(f"update {state.update} skipped: its gradient is not finite")
         if state.skipped >= MAX_SKIPPED:
             raise Stop(f"{state.skipped} updates in a row were not finite; lower --lr and start anew")
 
-    def save(self, state, model, text, optimizer, queue, ranks):
+    def save(self, state, engine, optimizer, queue):
         """A checkpoint, written under another name and renamed; the newest KEEP_CHECKPOINTS stay.
 
         It does not depend on the number of ranks: rank 0 gets all moments.
         """
-        if ranks.size > 1:
+        if self.ranks.size > 1:
             optimizer.consolidate_state_dict(to=0)
         state.saved, state.queue = state.update, queue.state
-        if self.rank:
+        if self.ranks.rank:
             return
         state.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
         final = self.path / "checkpoints" / f"{state.update:06d}"
         temporary = final.with_name("tmp")
         try:
-            model.save_pretrained(temporary / "model")
-            text.tokenizer.save_pretrained(temporary / "model")
+            engine.model.save_pretrained(temporary / "model")
+            engine.text.tokenizer.save_pretrained(temporary / "model")
             torch.save(dict(state=vars(state), optimizer=optimizer.state_dict()), temporary / "trainer.pt")
             sums = {str(p.relative_to(temporary)): digest(p) for p in temporary.rglob("*.*")}
             (temporary / "sums.json").write_text(json.dumps(sums))
@@ -1043,7 +1018,7 @@ class Run:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         except (RuntimeError, SafetensorError) as error:         # a full disk, as torch and safetensors say it
-            raise OSError(28, first_line(error), str(final)) from error
+            raise OSError(0, first_line(error), str(final)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
@@ -1059,7 +1034,7 @@ class Run:
             try:
                 for name, wanted in json.loads((folder / "sums.json").read_text()).items():
                     if digest(folder / name) != wanted:
-                        raise ValueError(f"{name} has changed")
+                        raise Stop(f"{name} has changed")
                 return *load_model(self.cfg, folder, device), torch.load(folder / "trainer.pt", weights_only=True)
             except (Stop, OSError, ValueError) as error:
                 self.log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
@@ -1073,43 +1048,38 @@ def digest(path):
         return hashlib.file_digest(f, "blake2b").hexdigest()
 
 
-def run_settings(path):
-    """The settings in config.json of a run directory; {} for any other folder, such as a model's."""
-    file = Path(path) / "config.json"
-    return json.loads(file.read_text()).get("settings", {}) if file.is_file() else {}
-
-
 def draw_curves(path):
-    """curves.png of a run: accuracy per evaluation set and by difficulty, entropy, lam. Empty panels are left out."""
+    """curves.png of a run, one panel a row; a panel without a line is left out."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    accuracy, difficulty, entropy, weight = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(8, 14), layout="constrained")
+    accuracy, difficulty, change, weight, entropy = figure.subplots(5)
     rows = [json.loads(line) for line in open(path / "metrics.jsonl")]
 
-    def curve(axis, rows, name, label, **style):
-        """One line with error bars where there are any: the rows that have this metric, over updates."""
-        points = [(row["update"], row[name], row.get(name + "_se", 0)) for row in rows if row.get(name) is not None]
-        if points:
-            axis.errorbar(*zip(*points), label=label, capsize=2, linewidth=1, markersize=4, **style)
+    def line(axis, metric, label, own=rows, style="-", mean=1):
+        """The rows that have this metric, over updates; each point is the mean of the last `mean` of them."""
+        own = [row for row in own if row.get(metric) is not None]
+        means = [np.mean([row[metric] for row in own[max(0, k - mean):k]]) for k in range(1, len(own) + 1)]
+        if own:
+            errors = [row.get(metric + "_se", 0) for row in own]
+            axis.errorbar([row["update"] for row in own], means, errors, fmt=style, label=label, markersize=4)
 
-    updates = [row for row in rows if "lr" in row]
-    for row in updates:
-        recent = [r["lam"] for r in updates[max(0, row["update"] - 20):row["update"]] if "lam" in r]
-        row["mean_lam"] = np.mean(recent) if recent else None
-    curve(accuracy, updates, "reward", "reward of training", color="0.75")
+    line(accuracy, "reward", "reward of training", style="0.75")
     for name in dict.fromkeys(row["eval"] for row in rows if "eval" in row):
-        own = [row for row in rows if row.get("eval") == name]
-        curve(accuracy, own, "mean", name, marker="o")
+        own = [dict(row["levels"], **row) for row in rows if row.get("eval") == name]
+        line(accuracy, "mean", name, own, "o-")
         for level in own[0]["levels"]:
-            curve(difficulty, [dict(row["levels"], update=row["update"]) for row in own], level, f"{name} {level}")
-    curve(entropy, updates, "entropy", "responses")
-    curve(entropy, updates, "entropy_off", "traces")
-    curve(weight, updates, "lam", "lam", color="0.75", linestyle="", marker=".")
-    curve(weight, updates, "mean_lam", "mean of 20 updates")
-    titles = ("accuracy", "accuracy by difficulty", "entropy, nats per token", "lam, Eq. (7)")
-    for axis, title in zip(figure.axes, titles):
+            line(difficulty, level, f"{name} {level}", own, "o-")
+    line(change, "h_on", "by the responses (Recall)", mean=20)
+    line(change, "h_off", "by the traces (Extend)", mean=20)
+    change.axhline(0, color="0.5", linewidth=0.5)
+    line(weight, "lam", "lam", style="C7.")
+    line(weight, "lam", "mean of 20 updates", mean=20)
+    line(entropy, "entropy", "on responses")
+    line(entropy, "entropy_off", "on traces")
+    for axis, title in ((accuracy, "accuracy"), (difficulty, "accuracy by difficulty"), (weight, "lam, Eq. (7)"),
+                        (change, "change of entropy, Eq. (6), mean of 20 updates"), (entropy, "entropy, nats")):
         axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
-        axis.legend(fontsize=7) if axis.has_data() else axis.remove()
+        axis.legend(fontsize=7) if axis.get_legend_handles_labels()[0] else axis.remove()
     figure.savefig(path / "curves.png", dpi=110)
 
 
@@ -1120,16 +1090,18 @@ def settle(cfg, given):
     -> the Config to run with, `out` filled in. Stop: the directory is taken, or a flag contradicts the run's settings.
     """
     if not cfg.resume:
-        stem = cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
-        out, k = stem, 1
+        stem, k = f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}", 1
+        out = cfg.out or stem
         while not cfg.out and Path(out).exists():
             k += 1
             out = f"{stem}-{k}"
         if any(Path(out).glob("checkpoints/[0-9]*")):
             raise Stop(f"--out: {out} already holds a run; continue it with --resume {out}, or give another directory")
         return dataclasses.replace(cfg, out=out)
-    saved = run_settings(cfg.resume)
-    if saved.keys() != Config.__dataclass_fields__.keys():
+    saved = {}
+    with contextlib.suppress(OSError, ValueError):
+        saved = json.loads((Path(cfg.resume) / "config.json").read_text()).get("settings", {})
+    if saved.keys() != vars(cfg).keys():
         raise Stop(f"--resume: found {'a run of another version' if saved else 'no run'} in {cfg.resume}; give a run "
                    "directory that this red.py has written")
     changed = {name: value for name, value in given.items() if value != saved[name]}
@@ -1145,57 +1117,45 @@ def settle(cfg, given):
 
 
 def load_problems(cfg, log):
-    """-> (training problems, {name: (k, evaluation problems)}); what is in both is left out of evaluation.
+    """-> (training problems, {name: (k, evaluation problems)}). data.DataError: a source that cannot be read.
 
-    Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10). Stop: an
-    evaluation without problems. data.DataError: a source that cannot be read.
+    Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10).
     """
-    how = dict(prompt_key=cfg.prompt_key, gold_key=cfg.gold_key, check_gold=verify.gold_problem, log=log)
-    train, tests = [], {}
+    how = dict(prompt_key=cfg.prompt_key, gold_key=cfg.gold_key, check_gold=verify.gold_problem, log=log,
+               read_answer=lambda text: verify.extract(text)[0])
+    train = []
     if cfg.train == "builtin":
         held_out = {p.prompt for p in data.chains(400, seed=0)}          # the same evaluation set whatever the seed
         train = data.chains(cfg.limit or 2000, seed=cfg.seed + 1, exclude=held_out)
     elif not cfg.eval_only:
-        train = data.load(cfg.train, limit=cfg.limit or None, trace_key=cfg.trace_key, **how,
+        train = data.load(cfg.train, limit=cfg.limit, trace_key=cfg.trace_key, **how,
                           check_trace=lambda trace, gold: verify.verify(trace, gold=gold).correct)
     for i in [i for i, p in enumerate(train) if p.traces][cfg.traced_problems or len(train):]:
         train[i] = dataclasses.replace(train[i], traces=())
-    for part in filter(None, map(str.strip, cfg.eval.split(","))):
-        source, k = re.fullmatch(r"(.*?)(?:@(\d+))?", part).groups()
-        builtin, limit = source == "builtin", cfg.eval_limit
-        problems = data.chains(limit or 400, seed=0) if builtin else data.load(source, limit=limit or None, **how)
-        kept, dropped = data.held_out(train, problems)
-        if not kept or k == "0":
-            raise Stop(f"--eval: found {part}, which leaves {len(kept)} problems that are not in the training data and "
-                       f"{k or cfg.samples} samples each; allowed are 1 or more of both")
-        if dropped:
-            log(f"{source}: {len(dropped)} problems are in the training data too and left out "
-                f"(first {dropped[0].where})")
-        name = next(name for name in (Path(source).stem, source, part) if name not in tests)
-        tests[name] = int(k or cfg.samples), [dataclasses.replace(p, traces=()) for p in kept]
-    return train, tests
+    return train, data.evaluation_sets(cfg.eval, train, samples=cfg.samples, limit=cfg.eval_limit, **how)
 
 
 def launch(argv):
     """A whole run, from the command line to the saved model; main() turns its exceptions into exit codes."""
     cfg, given = parse(argv)
     import transformers                                          # takes seconds, which --help need not wait for
-    from tqdm import tqdm
     transformers.utils.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     ranks = Ranks()
-    log = print_nothing if ranks.rank else tqdm.write            # above the progress line
+    log = print_nothing if ranks.rank else say
     cfg = settle(cfg, given)
     ranks.gather(None)                                           # all have looked before the first one writes
     if cfg.prompts < ranks.size:
-        raise Stop(f"--prompts: found {cfg.prompts}, allowed on {ranks.size} ranks are {ranks.size} or more, "
-                   "a group for each; raise it or start fewer ranks")
+        raise Stop(f"--prompts: found {cfg.prompts}, allowed on {ranks.size} ranks are as many, a group for each")
     if cfg.preset == "builtin":
         torch.set_num_threads(1)         # for a tiny model two threads wait for each other longer than they work
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device: found cuda, but torch sees no GPU; leave the flag out, or install a CUDA build of torch")
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
-    engine_name, why = pick_engine(cfg, device)
-    log(f"sampling with {engine_name}: {why}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if not cfg.eval:
+        log("there is no --eval: nothing will be evaluated")
+    cfg.engine, why = pick_engine(cfg, device)
+    log(f"sampling with {cfg.engine}: {why}")
 
     # 1. Everything that can be refused, before anything is written: data, model, prompts that fit.
     train_set, test_sets = load_problems(cfg, log)
@@ -1211,40 +1171,46 @@ def launch(argv):
     items = fit(train_set)
     tests = {name: (k, fit(problems)) for name, (k, problems) in test_sets.items()}
     pools = {"all": list(range(len(items))), "traced": [i for i, x in enumerate(items) if x.traces]}
-    if items and not pools["traced"] and cfg.algo in ("red", "sft"):
-        log("no problem has a trace that verifies and fits into --max-new-tokens, so nothing is learned from traces")
-        if cfg.algo == "sft":
-            raise Stop(f"--algo: sft, but no problem of {cfg.train} has a trace; give traces, or --algo rapid")
+    if items and not pools["traced"] and (cfg.algo == "sft" or cfg.traced_share):
+        raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
+                   "and --traced-share need one; give traces, or --algo rapid")
 
     # 2. The run directory, the engine, the optimizer.
     run = run or Run(cfg, ranks, log)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__, commit=git.stdout.strip(),
-                    device=device.type, ranks=ranks.size)
-    run.write("config.json", [dict(settings=vars(cfg), environment=versions)], mode="w", indent=1)
-    engine = (VLLMEngine if engine_name == "vllm" else HFEngine)(cfg, model, text)
+    record = dict(settings=vars(cfg), data=data.fingerprint(train_set), ranks=ranks.size, torch=torch.__version__,
+                  transformers=transformers.__version__)
+    if saved and json.loads((run.path / "config.json").read_text())["data"] != record["data"]:
+        raise Stop(f"--resume: {cfg.train} has changed since the run began, now {record['data']}; put it back, or "
+                   "start a new run")
+    run.write("config.json", [record], mode="w", indent=1)
+    engine = (VLLMEngine if cfg.engine == "vllm" else HFEngine)(cfg, model, text)
     if cfg.eval_only:
-        return run.evaluation(*evaluate(cfg, engine, text, tests, state, ranks), "responses.jsonl")
+        return evaluate(cfg, run, engine, tests, state)
     queue, optimizer = data.Queue(pools, cfg.seed), ranks.optimizer(model, cfg.lr)
     if saved:
         queue.state = state.queue
         optimizer.load_state_dict(saved["optimizer"])
     if ranks.rank == 0:                                          # what a killed run wrote after its checkpoint
-        (run.path / "metrics.jsonl").touch()
-        os.truncate(run.path / "metrics.jsonl", state.metrics_bytes)
+        with open(run.path / "metrics.jsonl", "a") as f:
+            if f.tell() < state.metrics_bytes:
+                raise Stop(f"--resume: {f.name} has lost {state.metrics_bytes - f.tell()} bytes that the checkpoint "
+                           "counts; put the whole file back, or start a new run")
+            f.truncate(state.metrics_bytes)
 
     # 3. Train; the finished model and the curves.
     run.start(engine, state)
-    try:
-        train(cfg, run, ranks, model, engine, text, items, tests, optimizer, queue, state)
-    finally:
-        run.close()
+    train(cfg, run, ranks, engine, items, tests, optimizer, queue, state)
+    run.bar.close()
     if state.update < cfg.updates:
         return log(f"stopped after update {state.update}; to go on: python red.py --resume {run.path}")
     if ranks.rank == 0:
         # The weights stand on the disk once: model/ is the newest checkpoint's, by hard links.
+        final = run.checkpoints()[-1] / "model"
         shutil.rmtree(run.path / "model", ignore_errors=True)
-        shutil.copytree(run.checkpoints()[-1] / "model", run.path / "model", copy_function=os.link)
+        try:
+            shutil.copytree(final, run.path / "model", copy_function=os.link)
+        except OSError:                                          # a file system without hard links: a second copy
+            shutil.copytree(final, run.path / "model", dirs_exist_ok=True)
         draw_curves(run.path)
         log(f"done: {run.path}/model, {state.seconds:.0f} s of training")
 
@@ -1254,7 +1220,7 @@ def main(argv=None):
     try:
         launch(sys.argv[1:] if argv is None else argv)
         return 0
-    except (Stop, data.DataError) as error:
+    except (Stop, data.DataError, argparse.ArgumentError) as error:
         line = str(error)
     except OSError as error:
         line = f"{error.filename}: {error.strerror}; make room or give another --out, then --resume if it has begun"
@@ -1263,6 +1229,9 @@ def main(argv=None):
                 "or add --grad-checkpointing; with --resume RUN they take effect too")
     except KeyboardInterrupt:
         line = "interrupted before training began; give the command again"
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"red.py: {line}", file=sys.stderr)
     return 2
 

