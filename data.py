@@ -346,8 +346,8 @@ def evaluation_sets(spec, train, *, samples, limit=None, log=print, **how):
         if dropped:
             log(f"{source}: {len(dropped)} problems are training problems too and left out, first {dropped[0].where}")
         name = os.path.basename(source).rpartition(".")[0] or source
-        while name in sets:
-            name += "'" if part in name else f" {part}"
+        if name in sets:
+            name = f"{part}, set {len(sets) + 1}"
         sets[name] = int(k), [replace(problem, traces=()) for problem in kept]
     return sets
 

