@@ -1,7 +1,7 @@
 """red.py: train a small language model on maths problems with RL and worked solutions in one objective.
 
 It runs on a laptop or on one GPU node. The loop is RAPID's (arXiv 2510.03515). One *phase* samples G responses to each
-of H B problems in one large batch and checks the answers. Then it makes H optimizer steps on B problems each. Only the
+of H*B problems in one large batch and checks the answers. Then it makes H optimizer steps on B problems each. Only the
 first step is on-policy: importance weights correct the others. The objective is RED's (arXiv 2508.16677). RL sharpens
 what the model can already do ("recall"). Imitating worked solutions of a larger model, called *traces*, adds what it
 can not do ("extend").
@@ -11,7 +11,7 @@ mu the policy that sampled y; pi the policy that learns; sg(.) no gradient; H_t 
 probabilities over the vocabulary. B, G, H as above.
 
   Eq. (1)   w_i = exp( sum_t [log pi(y_it) - log mu(y_it)] )           weight of a response
-            wc_i = min(w_i, eta),  eta = 2                             clipped from above                     rapid.py
+            wc_i = min(w_i, eta),  eta = 2                             clipped from above
   Eq. (2)   V(x) = (1/G) sum_j wc_j r_j                                value of the group (default: without y_i itself)
   Eq. (3)   A_i = (r_i - V(x)) / (std(r_1..r_G) + eps)                 advantage of a response
   Eq. (4)   L_on = -(1/(B G)) sum_i sg(wc_i A_i) sum_t log pi(y_it) / Lbar     Lbar: mean response length of the phase
@@ -21,7 +21,7 @@ probabilities over the vocabulary. B, G, H as above.
             h_off = (1/M) sum_x A_off(x) (1/|o|) sum_t rho_t s_t       what L_off does to it
             e(k) = d e(k-1) + (1-d) h(k)                               each of them smoothed over the updates k
   Eq. (7)   lam(k) = clip( |e_off(k)| / (|e_on(k)| + 1e-8), 1, G )     weight of the traces in update k
-  Eq. (8)   beta(x) = gamma (1 - mean_i r_i),  pi_off(o_t) = sg( beta + (1 - beta) pi(o_t) )                  red.py
+  Eq. (8)   beta(x) = gamma (1 - mean_i r_i),  pi_off(o_t) = sg( beta + (1 - beta) pi(o_t) )
   Eq. (9)   rho_t = pi(o_t) / pi_off(o_t)                              ratio of a trace's token
   Eq. (10)  A_off(x) = (1 - mean(r_1..r_G, 1)) / (std(r_1..r_G, 1) + eps)      advantage of a trace
   Eq. (11)  L_off = -(1/M) sum_x A_off(x) (1/|o|) sum_t rho_t          M traces in the update
@@ -37,7 +37,6 @@ Shapes: N sequences, n of a micro-batch, T response or trace tokens, P prompts, 
 """
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import fcntl
 import functools
@@ -52,13 +51,14 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 import data
 import rapid
@@ -71,36 +71,34 @@ def opt(default, help, least=None, most=1e12, words=""):
     return field(default=default, metadata=dict(help=help, least=least, most=most, words=words.split() or None))
 
 
+def word(words, help):
+    """A field of Config that is one of these words; the first is the default."""
+    return opt(words.split()[0], help, words=words)
+
+
 @dataclass
 class Config:
     """Every setting of a run. The command line is made of it: --updates-per-phase 8 sets updates_per_phase."""
-
     # eta = 2 is [RAPID]'s. Where the papers leave a value open, the default is [ours].
-    algo: str = opt("red", "red: Eq. (12) | rapid: Eq. (4) alone | grpo: PPO's clip per token | sft: traces alone",
-                    words="red rapid grpo sft")
+    algo: str = word("red rapid grpo sft",
+                     "red: Eq. (12) | rapid: Eq. (4) alone | grpo: PPO's clip per token | sft: traces alone")
     prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)", 1)
     group_size: int = opt(8, "G, responses per prompt; a group of one has no advantage", 2)
     updates_per_phase: int = opt(8, "H, updates per phase; 1: on-policy, no RAPID", 1)
     min_ess: float = opt(0.3, "Eq. (5): a phase ends below this effective sample size; 0: never", 0, 1)
     eta: float = opt(2.0, "Eq. (1): weights are clipped from above here", 1e-12)
-    is_level: str = opt("sequence", "Eq. (1): one weight per sequence, or per token (biased, less variance)",
-                        words="sequence token")
-    baseline: str = opt("loo", "Eq. (2): loo, without the response itself (unbiased) | group (the paper's)",
-                        words="group loo")
-    adv_norm: str = opt("std", "Eq. (3): divide by the group's std, or none", words="std none")
-    mu: str = opt("auto", "log mu: the sampler's own, or the trainer's before the phase; auto: with hf the sampler's",
-                  words="auto sampler trainer")
+    is_level: str = word("sequence token", "Eq. (1): one weight per sequence, or per token (biased, less variance)")
+    baseline: str = word("loo group", "Eq. (2): loo, without the response itself (unbiased) | group (the paper's)")
+    adv_norm: str = word("std none", "Eq. (3): divide by the group's std, or none")
+    mu: str = word("auto sampler trainer",
+                   "log mu: the sampler's own, or the trainer's before a phase; auto: hf sampler, vllm trainer")
     off_weight: str = opt("dynamic", "Eq. (7): dynamic | inverse, G |e_on| / |e_off| | a number in place of lam")
     off_weight_min: float = opt(-1.0, "Eq. (7): the least lam; -1: 1 with dynamic, 0 with inverse", -1)
-    entropy_change: str = opt("slope", "Eq. (6), or drift: the change of the mean entropies themselves",
-                              words="slope drift")
-    entropy_decay: float = opt(0.9, "Eq. (6): d of the smoothing; 0: none", 0, 1)
-    policy_shift: str = opt("accuracy", "Eq. (8): which beta",
-                            words="accuracy accuracy-reversed on-policy off-policy")
+    entropy_change: str = word("slope drift", "slope: Eq. (6) | drift: the change of the two mean entropies")
+    policy_shift: str = word("accuracy accuracy-reversed on-policy off-policy", "Eq. (8): which beta")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest beta", 0, 1)
     traced_share: float = opt(0.0, "share of an update's prompts drawn from the problems that have a trace; "
                                    "0: prompts as they come", 0, 1)
-
     # Memory: 16 bytes per parameter (weight, gradient, two moments of Adam), 4 more with traces. Several ranks share
     # the moments. Micro-batches trade time for memory: the gradient is the same but for rounding.
     updates: int = opt(500, "optimizer steps", 1)
@@ -109,15 +107,12 @@ class Config:
     cooldown: float = opt(0.0, "share of the updates, at the end, in which it falls linearly to zero", 0, 1)
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", 1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time")
-    dtype: str = opt("auto", "compute in; auto: bfloat16 on a GPU, float32 on a CPU",
-                     words="auto bfloat16 float32")
-
+    dtype: str = word("auto bfloat16 float32", "compute in; auto: bfloat16 on a GPU, float32 on a CPU")
     # There is no top-k and no top-p: Eq. (1) needs the very distribution that sampled.
     temperature: float = opt(1.0, "of sampling, and of log pi in training; vllm knows nothing below 0.01", 0.01)
     max_prompt_tokens: int = opt(1024, "longer prompts are left out and counted", 1)
     max_new_tokens: int = opt(3072, "a response is cut here and counts as wrong; longer traces are left out", 1)
-    engine: str = opt("auto", "auto: vllm on a GPU where it is installed, else hf (transformers)",
-                      words="auto hf vllm")
+    engine: str = word("auto hf vllm", "auto: vllm on a GPU where it is installed, else hf (transformers)")
     gpu_memory_utilization: float = opt(0.5, "vllm: share of the card for its weights and cache", 0.01, 1)
     sample_rows: int = opt(512, "hf: sequences sampled side by side", 1)
 
@@ -147,10 +142,10 @@ class Config:
 
 
 PRESETS = {
-    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3. Adam's step is as large where the
-    # gradient is mostly noise, and at 1e-3 six steps move a response's log-prob by 9 nats (1.3 at 5e-4), so that RL
-    # alone falls from 0.42 to 0.11. The base policy has never written an x: a trace's x has a probability of 3e-5, of
-    # which gamma = 0.1 in Eq. (8) would leave 3e-4 of the gradient.
+    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3. Adam's step is as large where
+    # the gradient is mostly noise, and at 1e-3 six steps move a response's log-prob by 9 nats (1.3 at 5e-4), so that
+    # RL alone falls from 0.42 to 0.11. The base policy has never written an x: a trace's x has a probability of 3e-5,
+    # and gamma = 0.1 in Eq. (8) would leave 3e-4 of its gradient.
     "builtin": dict(train="builtin", eval="builtin", prompts=8, group_size=4, shift_gamma=0.001, traced_problems=1000,
                     traced_share=1.0, updates=1000, lr=5e-4, warmup=5, cooldown=0.6, max_prompt_tokens=32,
                     max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768, eval_every=250, samples=4,
@@ -164,13 +159,15 @@ PRESETS = {
 }
 # Constants that hardly anyone changes. Adam's second beta is 0.95: in some hundred updates 0.999 would forget nothing.
 BETAS = (0.9, 0.95)
+ENTROPY_DECAY = 0.9        # d of Eq. (6)
 MAX_GRAD_NORM = 1.0        # the gradient's norm is clipped here
 KEEP_CHECKPOINTS = 2
-BASE = Path(__file__).parent / "assets" / "base"      # the built-in base policy
+BASE = Path(__file__).parent / "assets/base"      # the built-in base policy
 MAX_SKIPPED = 3            # updates in a row with a gradient that is not finite, before the run gives up
 VLLM = "0.32."             # the release of requirements.txt; its source was read for the engine below
 SHOWN = ("reward", "entropy", "lam", "ess", "loss")     # on the progress line
-# Given again on --resume, these cannot change the weights but for rounding.
+# --resume may change these. All but updates keep the weights but for rounding; updates extends the run, from the end of
+# a full phase as if it had been longer from the start.
 FREE_ON_RESUME = {"resume", "updates", "eval_every", "save_every", "tokens_per_microbatch", "sample_rows",
                   "grad_checkpointing", "gpu_memory_utilization"}
 
@@ -181,34 +178,35 @@ class Stop(Exception):
 
 def flag(name):
     """updates_per_phase -> --updates-per-phase"""
-    return "--" + name.replace("_", "-")
+    return f"--{name.replace('_', '-')}"
 
 
 def parse(argv):
     """Command line -> (Config, the flags given). Flags come first, then the preset, then the defaults above."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False, exit_on_error=False)
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         kind = dict(type=f.type, choices=f.metadata["words"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        words = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=words, **kind)
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]", **kind)
     known, unknown = parser.parse_known_args(argv)
     for name in unknown:
         near = difflib.get_close_matches(name, map(flag, Config.__dataclass_fields__), n=1)
         raise Stop(f"{name}: there is no such flag; the nearest is {near}, and --help lists all")
     given = vars(known)
-    if not given.get("model") and given.get("train", "builtin") == "builtin":
-        given.setdefault("preset", "builtin")            # for the built-in model alone
-    cfg = Config(**{**PRESETS.get(given.get("preset"), {}), **given})
+    preset = given.get("preset", "")
+    if not preset and not given.get("model") and given.get("train", "builtin") == "builtin":
+        preset = "builtin"                               # for the built-in model alone
+    cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     check(cfg)
     return cfg, given
 
 
 def check(cfg):
     """Refuse impossible settings before anything is loaded: the flag, what was found, what is allowed, the remedy."""
-    for f in dataclasses.fields(cfg):
-        value, least, most = getattr(cfg, f.name), f.metadata["least"], f.metadata["most"]
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        least, most = f.metadata["least"], f.metadata["most"]
         if least is not None and not least <= value <= most:             # nan is refused too
             raise Stop(f"{flag(f.name)}: found {value}, allowed is {least} to {most:g}")
     if not re.fullmatch(r"dynamic|inverse|(\d+\.?\d*|\.\d+)(e-?\d+)?", cfg.off_weight):
@@ -221,14 +219,13 @@ def check(cfg):
 
 
 # -------------------------------------------------------------------------------- 2. RED's equations: Eq. (6) to (11)
-# Eq. (1) to (5) are RAPID's and stand in rapid.py. These are pure functions of numbers and tensors.
+# Eq. (1) to (5) and s_t and h_on of Eq. (6) are in rapid.py. These are pure functions of numbers and tensors.
 def entropy_change(previous, h, decay, kind="slope"):
     """Eq. (6): e(k) = d e(k-1) + (1-d) h(k), e(0) = 0 -> (e(k), the size of the change that Eq. (7) compares).
 
     slope [ours]: h is h_on or h_off, the change that one side makes in update k, signed; its size is |e(k)|.
     drift [RED, taken literally]: h is a mean entropy in nats, e(1) = h(1), and the size is |e(k) - e(k-1)|, unknown
-    (None) at first. Two updates see different prompts, whose entropies differ anyway, so this is mostly noise.
-    """
+    (None) at first. Two updates see different prompts, whose entropies differ anyway, so this is mostly noise."""
     if kind == "drift" and previous is None:
         return h, None
     e = decay * (previous or 0.0) + (1 - decay) * h
@@ -236,13 +233,12 @@ def entropy_change(previous, h, decay, kind="slope"):
 
 
 def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
-    """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in the first two updates and while a change is unknown.
+    """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in updates 1 and 2 (drift needs two) or where one is None.
 
     on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, the traces count for more,
     up to a whole group of responses; where RL moves it by itself, they count for one response.
     setting: dynamic, inverse, or a number in place of lam. inverse: clip(G on / (off + 1e-8), 0, G), so that the traces
-    move the entropy at most as much as RL does. least: another lower bound. [RED]: the ratio. [ours]: all else.
-    """
+    move the entropy at most as much as RL does. least: another lower bound. [RED]: the ratio. [ours]: all else."""
     if setting not in ("dynamic", "inverse"):
         return float(setting)
     if update <= 2 or on is None or off is None:
@@ -253,24 +249,21 @@ def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
 
 
 def teacher_weight(accuracy, policy_shift, gamma):
-    """Eq. (8): beta(x), how far a trace's tokens count as a certain teacher's rather than as the model's own.
+    """Eq. (8): beta(x), the share of pi_off that a teacher who is sure of every token gets; the model has the rest.
 
         accuracy   gamma (1 - a)    accuracy-reversed   gamma a    on-policy   0    off-policy   gamma
 
     accuracy: a(x) in [0, 1], the share of the group that is right. With beta = 0 the trace counts as the model's own
     sample: rho of Eq. (9) is 1 for each token. A larger beta makes rho small for tokens that the model finds unlikely.
-    [RED]: the accuracy decides. [ours]: how, since the abstract can be read both ways.
-    """
+    [RED]: the accuracy decides. [ours]: how, since the abstract can be read both ways."""
     return {"accuracy": gamma * (1 - accuracy), "accuracy-reversed": gamma * accuracy,
             "on-policy": 0.0, "off-policy": gamma}[policy_shift]
 
 
 def offline_advantage(correct, eps=1e-6):
     """Eq. (10): A_off = (1 - mean) / (std + eps), mean and std over the group and its verified trace.
-
     correct: the checker's 0 or 1 for each of the G responses. The more are right, the less the trace counts: 0 when
-    all are.
-    """
+    all are."""
     r = np.array([*correct, 1.0])                                                        # [G+1]
     return float((r[-1] - r.mean()) / (r.std() + eps))
 
@@ -280,8 +273,7 @@ def offline_loss(logp, slope, mask, adv, beta, *, traces):
 
     logp, slope, mask [n, T]: log pi and s_t of the trace tokens; adv, beta [n]; traces: M of the whole update over all
     ranks, so that what micro-batches and ranks return adds up. The gradient of rho_t is rho_t grad log pi(o_t): with
-    beta = 1 a token of probability 0.01 gets 1 % of the gradient that SFT would give it, with beta = 0.1 about 9 %.
-    """
+    beta = 1 a token of probability 0.01 gets 1 % of the gradient that SFT would give it, with beta = 0.1 about 9 %."""
     # In logs: with beta = 0 the ratio is 1 also where pi underflows, and p / p would be 0 / 0.
     log_teacher = beta.log()[:, None]                                                    # [n, 1]
     log_own = torch.log1p(-beta)[:, None] + logp                                         # [n, T]
@@ -292,17 +284,11 @@ def offline_loss(logp, slope, mask, adv, beta, *, traces):
     return -(weight * rho).sum(), h_off, rho.sum().detach()                              # []      Eq. (11)
 
 
-def sft_loss(logp, mask, *, tokens):
-    """Plain SFT (--algo sft): -(1/tokens) sum_t log pi(o_t). tokens: all trace tokens of the update, over all ranks."""
-    return -(logp * mask).sum() / tokens                                                 # []
-
-
 # ------------------------------------------------------------------------------------------------------- 3. one update
 # A data.Problem is text. A data.Item is a problem as token ids. A rapid.Rollout is one sampled response to it.
 @dataclass
 class Group:
     """An item with the model's own responses to it. A rank holds whole groups: Eq. (2), (8) and (10) need all G."""
-
     index: int          # of the item in the training set
     rollouts: list      # G rapid.Rollout; none with --algo sft
     correct: list       # the checker's 0 or 1 for each: a(x) of Eq. (8), also where the reward is another
@@ -311,7 +297,6 @@ class Group:
 @dataclass
 class Trace:
     """A worked solution with what Eq. (11) needs. rapid.response_logps reads prompt and response as of a Rollout."""
-
     prompt: list          # token ids
     response: list        # token ids of the trace, its end token included
     accuracy: float       # a(x) of Eq. (8)
@@ -334,9 +319,7 @@ def choose_traces(cfg, items, groups, update):
 
 def add_trace_gradient(cfg, model, traces, total):
     """Add the gradient of this rank's traces to p.grad -> sums for metrics.
-
-    total, over all ranks and known before the first micro-batch: M of Eq. (11); with --algo sft the trace tokens.
-    """
+    total, over all ranks and known before the first micro-batch: M of Eq. (11); with --algo sft the trace tokens."""
     sft = cfg.algo == "sft"                              # SFT has no sampler to agree with: its temperature is 1
     temperature = 1.0 if sft else cfg.temperature
     sums, lengths = {}, [len(t.prompt) + len(t.response) for t in traces]
@@ -346,7 +329,7 @@ def add_trace_gradient(cfg, model, traces, total):
         adv, beta = logp.new_tensor([(t.adv, t.beta) for t in rows]).T                                   # [n], [n]
         loss, h_off, rho = offline_loss(logp, slope, mask, adv, beta, traces=total)                      # [] each
         if sft:
-            loss = sft_loss(logp, mask, tokens=total)                                                    # []
+            loss = -(logp * mask).sum() / total          # plain cross-entropy, as a mean over all tokens            []
         loss.backward()
         rapid.add_metrics(sums, dict(loss=loss.item(), h_off=h_off.item(), rho_sum=rho.item(),
                                      entropy_sum=entropy.sum().item(), tokens=mask.sum().item()))
@@ -358,9 +341,8 @@ def red_gradient(cfg, model, items, groups, state, ranks):
 
     The two gradients are taken one after the other and kept apart until lam is known. That costs one copy of the
     gradient. It also shows both norms, so a term that starves is seen at once. `state` is only read: a skipped update
-    leaves Eq. (6) as it was. --algo rapid and grpo take step 2 alone, sft step 1.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    leaves Eq. (6) as it was. --algo rapid and grpo take step 2 alone, sft step 1."""
+    parameters = list(model.parameters())
     metrics, offline, e_off = {}, None, state.e_off
 
     # 1. The offline term, Eq. (8) to (11), alone in p.grad, then set aside.
@@ -373,9 +355,10 @@ def red_gradient(cfg, model, items, groups, state, ranks):
         metrics = dict(traces=len(tokens), entropy_off=offline["entropy_sum"] / offline["tokens"])
         if cfg.algo == "sft":
             return dict(metrics, loss=offline["loss"]), None, None
+        metrics.update(h_off=offline["h_off"], loss_off=offline["loss"], rho=offline["rho_sum"] / offline["tokens"],
+                       adv_off=adv.mean(), trace_accuracy=accuracy.mean(), trace_accuracy_std=accuracy.std())
         offline_grads = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
+        model.zero_grad()
 
     # 2. The online term, Eq. (1) to (4). Its denominator B G Lbar is that of the whole update, over all ranks.
     online = rapid.summarise(ranks.sum(rapid.accumulate(
@@ -384,20 +367,17 @@ def red_gradient(cfg, model, items, groups, state, ranks):
         eta=cfg.eta, is_level=cfg.is_level, baseline=cfg.baseline, adv_norm=cfg.adv_norm, temperature=cfg.temperature,
         token_budget=cfg.tokens_per_microbatch)))
     ranks.sum_gradients(parameters)
-    metrics = dict(metrics, **online, grad_norm_on=norm(p.grad for p in parameters))
+    metrics.update(online, grad_norm_on=norm(p.grad for p in parameters))
 
     # 3. Eq. (6), (7): the weight of the offline term. Eq. (12): the sum. An update without traces leaves e_off alone.
-    drift = cfg.entropy_change == "drift"
-    h_on = metrics["entropy"] if drift else metrics["h_on"]
-    e_on, on = entropy_change(state.e_on, h_on, cfg.entropy_decay, cfg.entropy_change)
+    on, off = ("entropy", "entropy_off") if cfg.entropy_change == "drift" else ("h_on", "h_off")
+    e_on, change_on = entropy_change(state.e_on, metrics[on], ENTROPY_DECAY, cfg.entropy_change)
     if offline:
-        h_off = metrics["entropy_off"] if drift else offline["h_off"]
-        e_off, off = entropy_change(state.e_off, h_off, cfg.entropy_decay, cfg.entropy_change)
-        lam = offline_weight(on, off, cfg.group_size, state.update + 1, cfg.off_weight, cfg.off_weight_min)
+        e_off, change_off = entropy_change(state.e_off, metrics[off], ENTROPY_DECAY, cfg.entropy_change)
+        lam = offline_weight(change_on, change_off, cfg.group_size, state.update + 1, cfg.off_weight,
+                             cfg.off_weight_min)
         scale = lam / cfg.group_size
-        metrics.update(lam=lam, h_off=offline["h_off"], loss_off=offline["loss"], adv_off=adv.mean(),
-                       rho=offline["rho_sum"] / offline["tokens"], trace_accuracy=accuracy.mean(),
-                       trace_accuracy_std=accuracy.std(), grad_norm_off=norm(offline_grads) * scale)
+        metrics.update(lam=lam, grad_norm_off=norm(offline_grads) * scale)
         for p, g in zip(parameters, offline_grads):
             if g is not None:
                 p.grad = g.mul_(scale) if p.grad is None else p.grad.add_(g, alpha=scale)
@@ -411,16 +391,13 @@ def norm(grads):
 
 def take_update(cfg, model, optimizer, items, groups, state, ranks):
     """One optimizer step on this rank's groups -> metrics.
-
-    A gradient that is not finite would stay in Adam's moments for ever, so such an update changes nothing.
-    """
+    A gradient that is not finite would stay in Adam's moments for ever: such an update counts but takes no step."""
     # The learning rate warms up, stays, and falls to zero in the cool-down.
     warm = (state.update + 1) / max(1, cfg.warmup)
     left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * min(1.0, warm, left)
-    optimizer.zero_grad(set_to_none=True)
-    model.train()                                        # for --grad-checkpointing: there is no dropout
+    model.train()                                        # only so does --grad-checkpointing work; there is no dropout
     with autocast(cfg, model):
         metrics, e_on, e_off = red_gradient(cfg, model, items, groups, state, ranks)
     norm_before = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
@@ -429,7 +406,7 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
     if math.isfinite(norm_before):
         optimizer.step()
         state.e_on, state.e_off, state.skipped = e_on, e_off, 0
-    optimizer.zero_grad(set_to_none=True)                # an engine on the same card can use this memory
+    optimizer.zero_grad()                                # an engine on the same card can use this memory
     return dict(metrics, update=state.update, lr=group["lr"], grad_norm=norm_before, skipped=state.skipped > 0)
 
 
@@ -446,22 +423,21 @@ def check_gap(cfg, gap):
 # -------------------------------------------------------------------------------------------------------- 4. one phase
 def judge(text, item, rollout):
     """The checker's Verdict on one response: correct, a reason, the answer that was read.
-
-    A response that was cut counts as wrong even where it holds the right answer: else not stopping would pay. [ours]
-    """
+    A cut response counts as wrong even where it holds the right answer: going on for ever must not pay. [ours]"""
     verdict = verify.verify(text.decode(rollout.response), gold=item.problem.gold, finished=not rollout.truncated)
     if rollout.truncated and verdict.correct:
         return verdict._replace(correct=False, reason="truncated")
     return verdict
 
 
-def reward_of(rollout, verdict):
-    """The reward r_i of Eq. (2) to (4). A reward of your own goes here; Eq. (8) and (10) go by the verdict."""
+def reward_of(text, item, rollout, verdict):
+    """The reward r_i of Eq. (2) to (4). Yours goes here, for cut responses too; Eq. (8) and (10) go by the verdict.
+    item.problem has the texts of the problem, text.decode(rollout.response) that of the response."""
     return float(verdict.correct)
 
 
 def sample_and_judge(engine, items, *, n, temperature, seeds):
-    """n responses to each item -> per item a list of n (Rollout, Verdict). seeds: one per item, at least n apart."""
+    """n responses to each item -> per item a list of n (Rollout, Verdict). Response j of an item takes its seed + j."""
     engine.push()
     prompts = [item.prompt for item in items for _ in range(n)]
     rollouts = engine.generate(prompts, [seed + j for seed in seeds for j in range(n)], temperature)
@@ -476,35 +452,34 @@ def sample_and_judge(engine, items, *, n, temperature, seeds):
 
 def sample_phase(cfg, engine, items, queue, state, ranks):
     """H B problems, G responses each, in one large batch, checked and dealt into H batches of B groups [RAPID].
-
     -> (this rank's Groups of each batch, (pool, item index) of each batch over all ranks, metrics over all ranks). With
-    --algo sft there is nothing to sample: a phase is one batch of B problems that have a trace.
-    """
-    start, updates = clock(), min(cfg.updates_per_phase, cfg.updates - state.update)
-    traced = cfg.prompts if cfg.algo == "sft" else round(cfg.traced_share * cfg.prompts)
+    --algo sft there is nothing to sample: a phase is one batch of B problems that have a trace."""
+    start = clock()
+    sft = cfg.algo == "sft"
+    updates = 1 if sft else min(cfg.updates_per_phase, cfg.updates - state.update)
+    traced = cfg.prompts if sft else round(cfg.traced_share * cfg.prompts)
     plan = []
-    for _ in range(1 if cfg.algo == "sft" else updates):
+    for _ in range(updates):
         plan.append([("traced", i) for i in queue.take("traced", traced)] +
                     [("all", i) for i in queue.take("all", cfg.prompts - traced)])
     # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
     mine = [(h, k, plan[h][k][1]) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
-    if cfg.algo == "sft":
-        return [[Group(index, [], []) for _, _, index in mine]], plan, {}
+    if sft:
+        return [[Group(index, [], []) for *_, index in mine]], plan, {}
     seeds = [data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine]
-    judged = sample_and_judge(engine, [items[index] for *_, index in mine], n=cfg.group_size,
-                              temperature=cfg.temperature, seeds=seeds)
+    judged = sample_and_judge(engine, [items[index] for *_, index in mine], n=cfg.group_size, seeds=seeds,
+                              temperature=cfg.temperature)
     batches, counts = [[] for _ in plan], {}
     for (h, _, index), pairs in zip(mine, judged):
         for rollout, verdict in pairs:
-            rollout.reward = reward_of(rollout, verdict)
-            part = {"tokens": len(rollout.response), "responses": 1, "verdict_" + verdict.reason: 1}
-            rapid.add_metrics(counts, part)
+            rollout.reward = reward_of(engine.text, items[index], rollout, verdict)
+            rapid.add_metrics(counts, {"tokens": len(rollout.response), "responses": 1, f"verdict_{verdict.reason}": 1})
         batches[h].append(Group(index, [r for r, _ in pairs], [float(v.correct) for _, v in pairs]))
     metrics = ranks.sum(counts)
     state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
-    # --mu trainer: log mu by the trainer itself, before its first update. Over a long response a bfloat16 sampler's
-    # rounding adds up to weights that throw the phase away.
-    if cfg.mu == "trainer" or cfg.mu == "auto" and engine.mu == "trainer":
+    # --mu trainer: log mu by the trainer itself, before its first update. Over a long response the rounding between
+    # vllm and the trainer adds up and drowns what Eq. (1) corrects.
+    if cfg.mu == "trainer" or cfg.mu == "auto" and engine.mu_by == "trainer":
         with autocast(cfg, engine.model):
             gap = ranks.sum(rapid.rescore(engine.model, [r for pairs in judged for r, _ in pairs],
                                           temperature=cfg.temperature, token_budget=cfg.tokens_per_microbatch))
@@ -516,43 +491,43 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
 # --------------------------------------------------------------------------------------------------------- 5. the loop
 def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
     """Phases of updates until --updates are taken or a signal asks to stop. tests: {name: (k, items)}.
-
     state: a new State or a checkpoint's, changed in place. Checkpoints stand between phases: there all responses are
-    used up, so weights, moments and State are all that a resumed run needs.
-    """
-    evaluate(cfg, run, engine, tests, state)
-    stopping = False
+    used up, so weights, moments and State are all that a resumed run needs."""
+    if state.update == 0:
+        evaluate(cfg, run, engine, tests, state)
+    stopping, saved = False, state.update        # saved: the update of the newest checkpoint
     while state.update < cfg.updates and not stopping:
         # 1. Inference. mu of Eq. (1) is the policy as it is now.
         start = clock()
-        batches, plan, phase = sample_phase(cfg, engine, items, queue, state, ranks)
+        batches, plan, fresh = sample_phase(cfg, engine, items, queue, state, ranks)
 
         for h, groups in enumerate(batches):
             # 2. One update.
             metrics = take_update(cfg, engine.model, optimizer, items, groups, state, ranks)
-            if phase:    # the first update is on-policy: what is wrong with its weights is no staleness
-                first_ess = metrics["ess"]
-                check_gap(cfg, phase.setdefault("abs_dlogp_on_policy", metrics["abs_dlogp"]))
+            if fresh:    # the first update is on-policy: its ESS shows rounding, not staleness
+                first_ess = max(metrics["ess"], 1e-9)
+                check_gap(cfg, fresh.setdefault("abs_dlogp_on_policy", metrics["abs_dlogp"]))
 
-            # 3. Eq. (5): weights that have become stale end the phase; its unused problems go back into the queue.
-            unused = []
-            if cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"] / first_ess, cfg.min_ess):
-                unused = plan[h + 1:]
+            # 3. Eq. (5): stale importance weights end the phase. Unused responses are dropped, their problems go back
+            # into the queue, next in line.
+            stale = cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"] / first_ess, cfg.min_ess)
+            unused = plan[h + 1:] if stale else []
             queue.give_back(sum(unused, []))
             metrics["updates_dropped"] = len(unused)
 
             # 4. What happened.
             state.seconds += clock() - start
-            run.log_update(dict(metrics, **phase), state)
+            run.log_update(dict(metrics, **fresh), state)
             evaluate(cfg, run, engine, tests, state)
             if unused:
                 break
-            start, phase = clock(), {}
+            start, fresh = clock(), {}
 
         # 5. A checkpoint, at the first end of a phase after --save-every updates.
         stopping = any(ranks.gather(run.stop_asked))
-        if stopping or state.update >= cfg.updates or state.update - state.saved >= cfg.save_every:
-            run.save(state, engine, optimizer, queue)
+        if stopping or state.update >= cfg.updates or state.update - saved >= cfg.save_every:
+            run.save(state, engine, optimizer)
+            saved = state.update
 
 
 # ======================================================================================================================
@@ -565,13 +540,11 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
 # it is. Both return log mu as the sampler itself computed it.
 class HFEngine:
     """Batched sampling with the very transformers model that is trained: no copy of the weights.
-
-    Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank.
-    """
+    Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank."""
 
     def __init__(self, cfg, model, text):
         self.cfg, self.model, self.text = cfg, model, text
-        self.mu, self.tick = "sampler", print_nothing
+        self.mu_by, self.tick = "sampler", print_nothing
 
     def push(self):
         """Nothing to do: sampler and trainer share their weights."""
@@ -580,16 +553,15 @@ class HFEngine:
     def generate(self, prompts, seeds, temperature):
         """A Rollout of reward 0 for each prompt (token ids). temperature 0: greedy, with log-probs of temperature 1."""
         self.model.eval()
-        rollouts = [None] * len(prompts)
+        rollouts = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))       # similar lengths: little padding
         for start in range(0, len(order), self.cfg.sample_rows):
             self.tick(f"sampling {start}/{len(order)}")
             chosen = order[start:start + self.cfg.sample_rows]
             with autocast(self.cfg, self.model):
                 batch = self.batch([prompts[i] for i in chosen], [seeds[i] for i in chosen], temperature)
-            for i, rollout in zip(chosen, batch):
-                rollouts[i] = rollout
-        return rollouts
+            rollouts.update(zip(chosen, batch))
+        return [rollouts[i] for i in range(len(prompts))]
 
     def batch(self, prompts, seeds, temperature):
         """N prompts -> N Rollouts, sampled side by side. Rows that have ended leave the batch and its cache."""
@@ -598,60 +570,54 @@ class HFEngine:
         # comes from lengths: the padding id may be any id. Kernels are faster without a mask.
         device = self.model.device
         ids, mask = (x.flip(1) for x in rapid.pad([p[::-1] for p in prompts], device))                  # [N, W] twice
-        padded, position = not mask.all(), mask.sum(1)                                                       # [N]
-        cache = DynamicCache(config=self.model.config)
-        out = self.model(input_ids=ids, attention_mask=mask if padded else None, logits_to_keep=1, use_cache=True,
-                         position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
-        logits = out.logits[:, -1]                                                                           # [N, V]
+        padded, position = not mask.all(), (mask.cumsum(1) - 1).clamp(min=0)                              # [N, W]
 
         # 2. What will be drawn. `rows` says which of the N rows are still being sampled.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniforms = torch.stack([torch.rand(self.cfg.max_new_tokens, dtype=torch.float64, generator=g)
-                                for g in generators]).to(device)                                             # [N, T]
+        steps, generators = self.cfg.max_new_tokens, [torch.Generator().manual_seed(seed) for seed in seeds]
+        uniforms = [torch.rand(steps, dtype=torch.float64, generator=g) for g in generators]
+        uniforms = torch.stack(uniforms).to(device)                                                          # [N, T]
         tokens = torch.full(uniforms.shape, -1, device=device)                                               # [N, T]
         logps = torch.zeros(uniforms.shape, device=device)                                                   # [N, T]
         rows, stops = torch.arange(len(ids), device=device), torch.tensor(sorted(self.text.stops), device=device)
 
-        # 3. Token by token.
+        # 3. Token by token. The first pass reads the prompts, each later one the token just drawn.
+        cache = DynamicCache(config=self.model.config)
         ended = torch.zeros_like(rows, dtype=torch.bool)                                                     # [N]
-        for t in range(uniforms.shape[1]):
-            token, logp = draw(logits, uniforms[rows, t], temperature)                                       # [live]
+        for t in range(steps):
+            out = self.model(input_ids=ids, attention_mask=mask if padded else None, position_ids=position,
+                             logits_to_keep=1, use_cache=True, past_key_values=cache)
+            token, logp = draw(out.logits[:, -1], uniforms[rows, t], temperature)                            # [live]
             tokens[rows, t], logps[rows, t] = token, logp
             ended[rows] |= torch.isin(token, stops)
             alive = ~ended[rows]                                                                             # [live]
-            if t + 1 == uniforms.shape[1] or not alive.any():
+            if not alive.any():
                 break
             if alive.float().mean() < 0.8:               # dropping rows copies the cache, so only when it pays
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                                 # [live, W+t+1]
-            out = self.model(input_ids=token[:, None], attention_mask=mask if padded else None,
-                             position_ids=position[:, None], past_key_values=cache, use_cache=True)
-            logits, position = out.logits[:, -1], position + 1                                       # [live, V], [live]
+            ids, position = token[:, None], position[:, -1:] + 1                                     # [live, 1] twice
 
         # 4. Each row up to its end token; a row without one was cut.
         rollouts = []
-        for row, (ids, mu) in enumerate(zip(tokens.tolist(), logps.tolist())):
+        for prompt, ids, mu in zip(prompts, tokens.tolist(), logps.tolist()):
             length = next((t + 1 for t, token in enumerate(ids) if token in self.text.stops), None)
-            rollouts.append(rapid.Rollout(prompts[row], ids[:length], mu[:length], 0.0, truncated=not length))
+            rollouts.append(rapid.Rollout(prompt, ids[:length], mu[:length], 0.0, truncated=not length))
         return rollouts
 
 
 def draw(logits, uniforms, temperature):
     """One token per row by inverse CDF, and its log-prob under exactly the distribution it was drawn from.
-
     logits [N, V], uniforms [N] in [0, 1) -> token [N], logp [N]. The running sum is float64: over 150,000 tokens
-    float32 would lose the tail.
-    """
+    float32 would lose the tail."""
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)                                      # [N, V]
     if temperature == 0:
         token = logp.argmax(-1)                                                                              # [N]
     else:
         cdf = logp.double().exp().cumsum(-1)                                                                 # [N, V]
         target = uniforms * cdf[:, -1]                   # times the last sum, which rounding keeps from being 1   [N]
-        token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1)                              # [N]
-        token = token.clamp(max=logp.shape[1] - 1)
+        token = torch.searchsorted(cdf, target[:, None], right=True).squeeze(1).clamp(max=logp.shape[1] - 1) # [N]
     return token, logp.gather(1, token[:, None]).squeeze(1)
 
 
@@ -661,7 +627,6 @@ def print_nothing(words):
 
 def say(line):
     """One line above the progress line. Training goes on where nobody reads it any more."""
-    from tqdm import tqdm
     with contextlib.suppress(BrokenPipeError):
         tqdm.write(line)
 
@@ -694,7 +659,7 @@ class VLLMEngine:
 
     def __init__(self, cfg, model, text):
         self.cfg, self.model, self.text, self.cuda = cfg, model, text, model.device.type == "cuda"
-        self.mu, self.asleep, self.tick = "trainer", False, print_nothing
+        self.mu_by, self.asleep, self.tick = "trainer", False, print_nothing
         # Read when vllm is imported: in this process, quiet, 1 GiB of cache on a CPU (else a share of all memory).
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
                            VLLM_CPU_KVCACHE_SPACE="1") | os.environ
@@ -709,7 +674,7 @@ class VLLMEngine:
             settings.update(enforce_eager=True, enable_chunked_prefill=False, max_num_seqs=256,
                             max_num_batched_tokens=max(8192, room))
         if "WORLD_SIZE" in os.environ:  # torchrun: this rank's engine on its own card, alone in its group
-            settings.update(distributed_executor_backend="external_launcher")
+            settings["distributed_executor_backend"] = "external_launcher"
         with tempfile.TemporaryDirectory() as folder, self.guarded("start"):
             model.config.save_pretrained(folder)
             from vllm import LLM
@@ -780,13 +745,12 @@ class VLLMEngine:
 # -------------------------------------------------------------------------------------------------------- 7. the model
 def load_model(cfg, source, device):
     """Model (float32 weights) and tokenizer of a directory, a finished run or a hub id -> (model, tokenizer).
-
     float32: in bfloat16 a step of lr = 1e-6 would round away. Stop: one of them cannot be read, or the model changes
-    its logits in a way that rapid.py cannot score.
-    """
+    its logits in a way that rapid.py cannot score."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(source)
-    path = path / "model" if (path / "model").is_dir() else path
+    if (path / "model").is_dir():
+        path /= "model"
     if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
         raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run. The "
                    "built-in model is assets/base of the project, made by python assets/bench.py --make-base")
@@ -825,9 +789,7 @@ def autocast(cfg, model):
 # ------------------------------------------------------------------------------------------------------------ 8. ranks
 class Ranks:
     """The processes of a torchrun job; without torchrun, one. Each holds a share of every update's groups.
-
-    All ranks must call these functions in the same order, or they wait for each other for ever.
-    """
+    All ranks must call these functions in the same order, or they wait for each other for ever."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -854,14 +816,12 @@ class Ranks:
     def sum_gradients(self, parameters):
         """Sum p.grad over ranks, in place. The losses are already divided by constants of the whole update, so the mean
         that data parallelism usually takes would make the step smaller with every rank."""
-        parameters = list(parameters)
         if self.size == 1 or not any(self.gather(any(p.grad is not None for p in parameters))):
             return                                       # without any gradient Adam must not step on zeros
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.flatten() for g in grads])   # one message, not one per parameter
-        dist.all_reduce(flat)
-        for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
-            p.grad = g.view_as(p)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
     def optimizer(self, model, lr):
         """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
@@ -879,28 +839,20 @@ class Ranks:
 @dataclass
 class State:
     """Where a run stands, besides weights and optimizer. It is saved with every checkpoint."""
-
-    update: int = 0                # optimizer steps taken
+    update: int = 0                # updates, skipped ones too
     phase: int = 0                 # phases sampled
     lbar: float = 0.0              # Lbar of Eq. (4)
     e_on: float | None = None      # e(k) of Eq. (6)
     e_off: float | None = None
     skipped: int = 0               # updates in a row that were not finite
-    evaluated: int = -1            # update of the newest evaluation
-    saved: int = 0                 # update of the newest checkpoint
     seconds: float = 0.0           # training time, evaluation and saving left out
     metrics_bytes: int = 0         # length of metrics.jsonl; what a killed run wrote beyond it is cut off
-    queue: dict = field(default_factory=dict)
+    queue: dict | None = None      # of data.Queue, the very dict that it works on
 
 
 def clock():
     """Seconds. Without a GPU those of the processor, which do not depend on what else the machine does."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
-
-
-def mean_and_error(values):
-    """Mean over problems and its standard error (0 for a single problem)."""
-    return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
 
 
 def evaluate(cfg, run, engine, tests, state):
@@ -909,15 +861,15 @@ def evaluate(cfg, run, engine, tests, state):
     Rows go into metrics.jsonl and on the screen, all responses into a file, two of each test on the screen. The seeds
     are the same at every update, so two evaluations differ by the policy alone. Every rank takes a share of problems.
     """
-    due = state.update % cfg.eval_every == 0 or state.update >= cfg.updates
-    if not tests or not due or state.evaluated == state.update:
+    if not tests or state.update % cfg.eval_every and state.update < cfg.updates:
         return
-    state.evaluated, responses = state.update, []
+    responses = []
     for name, (k, items) in tests.items():
         # 1. This rank's problems, sampled and judged; then those of all ranks.
-        mine, own = range(run.ranks.rank, len(items), run.ranks.size), []
+        mine = range(run.ranks.rank, len(items), run.ranks.size)
         judged = sample_and_judge(engine, [items[i] for i in mine], n=k, temperature=cfg.eval_temperature,
                                   seeds=[data.seed_of(cfg.seed, "eval", name, i) for i in mine])
+        own = []
         for i, pairs in zip(mine, judged):
             for r, verdict in pairs:
                 own.append(dict(vars(items[i].problem), eval=name, problem=i, response=engine.text.decode(r.response),
@@ -931,14 +883,16 @@ def evaluate(cfg, run, engine, tests, state):
         right = np.bincount(column["problem"], column["correct"])                        # [problems]
         row = dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k,
                    length=column["tokens"].mean(), truncated=column["truncated"].mean())
-        row["mean"], row["mean_se"] = mean_and_error(right / k)
-        row["pass"], row["pass_se"] = mean_and_error(right > 0)
+        for metric, values in (("mean", right / k), ("pass", right > 0)):
+            row[metric] = values.mean()
+            row[f"{metric}_se"] = values.std() / max(1, len(items) - 1) ** 0.5
         levels = sorted(set(column["level"].tolist()) - {""})
         row["levels"] = {level: column["correct"][column["level"] == level].mean() for level in levels}
         run.write("metrics.jsonl", [row])
         by_level = "  ".join(f"{level} {share:.3f}" for level, share in row["levels"].items())
-        run.log("eval {eval} at update {update}: mean@{samples} {mean:.3f} +- {mean_se:.3f}  pass@{samples} {pass:.3f} "
-                "+- {pass_se:.3f}  length {length:.1f}  truncated {truncated:.3f}  ".format(**row) + by_level)
+        run.log(f"eval {name} at update {state.update}: mean@{k} {row['mean']:.3f} +- {row['mean_se']:.3f}  "
+                f"pass@{k} {row['pass']:.3f} +- {row['pass_se']:.3f}  length {row['length']:.1f}  "
+                f"truncated {row['truncated']:.3f}  {by_level}")
         for row in {row["correct"]: row for row in own}.values():
             run.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**row)[:800])
     run.write(f"responses-{state.update:06d}.jsonl", responses, mode="w")
@@ -959,7 +913,6 @@ class Run:
 
     def start(self, engine, state):
         """The progress line, shown on a terminal only, and the signals."""
-        from tqdm import tqdm
         self.bar = tqdm(total=self.cfg.updates, initial=state.update, disable=self.ranks.rank > 0 or None,
                         dynamic_ncols=True, file=sys.stdout)
         engine.tick = self.bar.set_description_str
@@ -976,7 +929,7 @@ class Run:
     def write(self, name, rows, mode="a", indent=None):
         """Lines of JSON into a file of the run: at its end, or with mode "w" in place of it, by rename."""
         if self.ranks.rank == 0:
-            path = self.path / (name if mode == "a" else name + ".tmp")
+            path = self.path / (name if mode == "a" else f"{name}.tmp")
             with open(path, mode) as f:
                 f.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
             path.rename(self.path / name)
@@ -995,18 +948,15 @@ class Run:
         if state.skipped >= MAX_SKIPPED:
             raise Stop(f"{state.skipped} updates in a row were not finite; lower --lr and start anew")
 
-    def save(self, state, engine, optimizer, queue):
+    def save(self, state, engine, optimizer):
         """A checkpoint, written under another name and renamed; the newest KEEP_CHECKPOINTS stay.
-
-        It does not depend on the number of ranks: rank 0 gets all moments.
-        """
+        It does not depend on the number of ranks: rank 0 gets all moments."""
         if self.ranks.size > 1:
             optimizer.consolidate_state_dict(to=0)
-        state.saved, state.queue = state.update, queue.state
         if self.ranks.rank:
             return
         state.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
-        final = self.path / "checkpoints" / f"{state.update:06d}"
+        final = self.path / f"checkpoints/{state.update:06d}"
         temporary = final.with_name("tmp")
         try:
             engine.model.save_pretrained(temporary / "model")
@@ -1021,25 +971,27 @@ class Run:
             raise OSError(0, first_line(error), str(final)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
+        for old in checkpoints(self.path)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def checkpoints(self):
-        """Folders of checkpoints, the newest last."""
-        return sorted((self.path / "checkpoints").glob("[0-9]*"))
 
-    def load(self, device):
-        """-> (model, tokenizer, trainer dict) of the newest checkpoint that can be read, saying which ones cannot."""
-        for folder in reversed(self.checkpoints()):
-            try:
-                for name, wanted in json.loads((folder / "sums.json").read_text()).items():
-                    if digest(folder / name) != wanted:
-                        raise Stop(f"{name} has changed")
-                return *load_model(self.cfg, folder, device), torch.load(folder / "trainer.pt", weights_only=True)
-            except (Stop, OSError, ValueError) as error:
-                self.log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
-        raise Stop(f"--resume: {self.path} has no checkpoint that can be read; to start it over, delete "
-                   f"{self.path}/checkpoints and give the same command")
+def checkpoints(out):
+    """The checkpoints of a run directory, the newest last."""
+    return sorted(Path(out).glob("checkpoints/[0-9]*"))
+
+
+def load_checkpoint(cfg, device, log):
+    """-> (model, tokenizer, trainer dict) of the newest checkpoint that can be read, saying which ones cannot."""
+    for folder in reversed(checkpoints(cfg.out)):
+        try:
+            for name, wanted in json.loads((folder / "sums.json").read_text()).items():
+                if digest(folder / name) != wanted:
+                    raise Stop(f"{name} has changed")
+            return *load_model(cfg, folder, device), torch.load(folder / "trainer.pt", weights_only=True)
+        except (Stop, OSError, ValueError) as error:
+            log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
+    raise Stop(f"--resume: {cfg.out} has no checkpoint that can be read; to start it over, delete "
+               f"{cfg.out}/checkpoints and give the same command")
 
 
 def digest(path):
@@ -1057,10 +1009,10 @@ def draw_curves(path):
 
     def line(axis, metric, label, own=rows, style="-", mean=1):
         """The rows that have this metric, over updates; each point is the mean of the last `mean` of them."""
-        own = [row for row in own if row.get(metric) is not None]
+        own = [row for row in own if metric in row]
         means = [np.mean([row[metric] for row in own[max(0, k - mean):k]]) for k in range(1, len(own) + 1)]
         if own:
-            errors = [row.get(metric + "_se", 0) for row in own]
+            errors = [row.get(f"{metric}_se", 0) for row in own]
             axis.errorbar([row["update"] for row in own], means, errors, fmt=style, label=label, markersize=4)
 
     line(accuracy, "reward", "reward of training", style="0.75")
@@ -1076,8 +1028,9 @@ def draw_curves(path):
     line(weight, "lam", "mean of 20 updates", mean=20)
     line(entropy, "entropy", "on responses")
     line(entropy, "entropy_off", "on traces")
-    for axis, title in ((accuracy, "accuracy"), (difficulty, "accuracy by difficulty"), (weight, "lam, Eq. (7)"),
-                        (change, "change of entropy, Eq. (6), mean of 20 updates"), (entropy, "entropy, nats")):
+    titles = ("accuracy", "accuracy by difficulty", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)",
+              "entropy, nats")
+    for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
         axis.legend(fontsize=7) if axis.get_legend_handles_labels()[0] else axis.remove()
     figure.savefig(path / "curves.png", dpi=110)
@@ -1086,7 +1039,6 @@ def draw_curves(path):
 # ------------------------------------------------------------------------------------------------------------ 10. main
 def settle(cfg, given):
     """Where the run lives: a new directory, or with --resume the old one with the settings it was started with.
-
     -> the Config to run with, `out` filled in. Stop: the directory is taken, or a flag contradicts the run's settings.
     """
     if not cfg.resume:
@@ -1095,32 +1047,29 @@ def settle(cfg, given):
         while not cfg.out and Path(out).exists():
             k += 1
             out = f"{stem}-{k}"
-        if any(Path(out).glob("checkpoints/[0-9]*")):
+        if checkpoints(out):
             raise Stop(f"--out: {out} already holds a run; continue it with --resume {out}, or give another directory")
-        return dataclasses.replace(cfg, out=out)
+        return replace(cfg, out=out)
     saved = {}
     with contextlib.suppress(OSError, ValueError):
         saved = json.loads((Path(cfg.resume) / "config.json").read_text()).get("settings", {})
     if saved.keys() != vars(cfg).keys():
         raise Stop(f"--resume: found {'a run of another version' if saved else 'no run'} in {cfg.resume}; give a run "
                    "directory that this red.py has written")
-    changed = {name: value for name, value in given.items() if value != saved[name]}
-    for name in changed.keys() - FREE_ON_RESUME:
-        raise Stop(f"{flag(name)}: found {given[name]!r}, but {cfg.resume} was started with {saved[name]!r}; "
-                   "leave the flag out, or start a new run")
-    if "updates" in changed and saved["cooldown"]:
+    for name, value in given.items():
+        if value != saved[name] and name not in FREE_ON_RESUME:
+            raise Stop(f"{flag(name)}: found {value!r}, but {cfg.resume} was started with {saved[name]!r}; "
+                       "leave the flag out, or start a new run")
+    cfg = Config(**{**saved, **given, "out": cfg.resume})
+    if cfg.updates != saved["updates"] and cfg.cooldown:
         raise Stop(f"--updates: {cfg.resume} has a cool-down, which ends at update {saved['updates']}; "
                    "leave the flag out, or start a new run")
-    cfg = Config(**{**saved, **changed, "resume": cfg.resume, "out": cfg.resume})
-    check(cfg)
     return cfg
 
 
 def load_problems(cfg, log):
     """-> (training problems, {name: (k, evaluation problems)}). data.DataError: a source that cannot be read.
-
-    Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10).
-    """
+    Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10)."""
     how = dict(prompt_key=cfg.prompt_key, gold_key=cfg.gold_key, check_gold=verify.gold_problem, log=log,
                read_answer=lambda text: verify.extract(text)[0])
     train = []
@@ -1131,7 +1080,7 @@ def load_problems(cfg, log):
         train = data.load(cfg.train, limit=cfg.limit, trace_key=cfg.trace_key, **how,
                           check_trace=lambda trace, gold: verify.verify(trace, gold=gold).correct)
     for i in [i for i, p in enumerate(train) if p.traces][cfg.traced_problems or len(train):]:
-        train[i] = dataclasses.replace(train[i], traces=())
+        train[i] = replace(train[i], traces=())
     return train, data.evaluation_sets(cfg.eval, train, samples=cfg.samples, limit=cfg.eval_limit, **how)
 
 
@@ -1159,9 +1108,9 @@ def launch(argv):
 
     # 1. Everything that can be refused, before anything is written: data, model, prompts that fit.
     train_set, test_sets = load_problems(cfg, log)
-    run, saved, state = Run(cfg, ranks, log) if cfg.resume else None, None, State()
-    if run and run.checkpoints():
-        model, tokenizer, saved = run.load(device)
+    saved, state = None, State()
+    if checkpoints(cfg.out):                                     # there are none but with --resume
+        model, tokenizer, saved = load_checkpoint(cfg, device, log)
         state = State(**saved["state"])
     else:
         model, tokenizer = load_model(cfg, cfg.model or BASE, device)
@@ -1170,13 +1119,13 @@ def launch(argv):
                             max_new_tokens=cfg.max_new_tokens, context=context(model), log=log)
     items = fit(train_set)
     tests = {name: (k, fit(problems)) for name, (k, problems) in test_sets.items()}
-    pools = {"all": list(range(len(items))), "traced": [i for i, x in enumerate(items) if x.traces]}
+    pools = {"all": range(len(items)), "traced": [i for i, x in enumerate(items) if x.traces]}
     if items and not pools["traced"] and (cfg.algo == "sft" or cfg.traced_share):
         raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
                    "and --traced-share need one; give traces, or --algo rapid")
 
     # 2. The run directory, the engine, the optimizer.
-    run = run or Run(cfg, ranks, log)
+    run = Run(cfg, ranks, log)
     record = dict(settings=vars(cfg), data=data.fingerprint(train_set), ranks=ranks.size, torch=torch.__version__,
                   transformers=transformers.__version__)
     if saved and json.loads((run.path / "config.json").read_text())["data"] != record["data"]:
@@ -1186,10 +1135,11 @@ def launch(argv):
     engine = (VLLMEngine if cfg.engine == "vllm" else HFEngine)(cfg, model, text)
     if cfg.eval_only:
         return evaluate(cfg, run, engine, tests, state)
-    queue, optimizer = data.Queue(pools, cfg.seed), ranks.optimizer(model, cfg.lr)
+    optimizer = ranks.optimizer(model, cfg.lr)
     if saved:
-        queue.state = state.queue
         optimizer.load_state_dict(saved["optimizer"])
+    queue = data.Queue(pools, cfg.seed)
+    queue.state = state.queue = state.queue or queue.state       # one dict from here on, so a checkpoint holds it
     if ranks.rank == 0:                                          # what a killed run wrote after its checkpoint
         with open(run.path / "metrics.jsonl", "a") as f:
             if f.tell() < state.metrics_bytes:
@@ -1205,12 +1155,12 @@ def launch(argv):
         return log(f"stopped after update {state.update}; to go on: python red.py --resume {run.path}")
     if ranks.rank == 0:
         # The weights stand on the disk once: model/ is the newest checkpoint's, by hard links.
-        final = run.checkpoints()[-1] / "model"
-        shutil.rmtree(run.path / "model", ignore_errors=True)
+        newest, final = checkpoints(run.path)[-1] / "model", run.path / "model"
+        shutil.rmtree(final, ignore_errors=True)
         try:
-            shutil.copytree(final, run.path / "model", copy_function=os.link)
+            shutil.copytree(newest, final, copy_function=os.link)
         except OSError:                                          # a file system without hard links: a second copy
-            shutil.copytree(final, run.path / "model", dirs_exist_ok=True)
+            shutil.copytree(newest, final, dirs_exist_ok=True)
         draw_curves(run.path)
         log(f"done: {run.path}/model, {state.seconds:.0f} s of training")
 
@@ -1218,7 +1168,7 @@ def launch(argv):
 def main(argv=None):
     """Exit code 0: done, or stopped by a signal with a checkpoint. 2: a refusal, in one line on stderr."""
     try:
-        launch(sys.argv[1:] if argv is None else argv)
+        launch(argv)
         return 0
     except (Stop, data.DataError, argparse.ArgumentError) as error:
         line = str(error)

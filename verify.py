@@ -206,7 +206,7 @@ for dimension, row in {
     "L^3": "l=.001 liter=.001 litre=.001 L=.001 ml=1e-6 mL=1e-6 milliliter=1e-6",
     "T": "s=1 sec=1 second=1 ms=.001 min=60 minute=60 h=3600 hr=3600 hour=3600 day=86400 week=604800 year=31557600",
     "M": "g=1 gram=1 kg=1000 kilogram=1000 pound=453.59237 lb=453.59237 ounce=28.349523 oz=28.349523",
-    "$": "dollar=1 cent=.01", "E": "J=1 joule=1 kJ=1000", "N": "N=1 newton=1", "K": "K=1 kelvin=1", "f": "Hz=1 hertz=1",
+    "$": "dollar=1 cent=.01", "E": "J=1 joule=1 kJ=1000", "N": "N=1 newton=1",
 }.items():
     for pair in row.split():
         name, size = pair.split("=")
@@ -234,7 +234,6 @@ COMMANDS = (
 UNICODE = str.maketrans(
     dict(zip("−–‑⁄÷′’‘，（）：；", "---//" + "'" * 3 + ",():;")) | {"\u200b": "", "\ufeff": "", "\u2061": ""}
     | {code: chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}    # full-width digits and letters
-    | {chr(0x2080 + digit): f"_{digit}" for digit in range(10)}    # subscripts
     | {pair[0]: rf"\{pair[1:]} " for pair in COMMANDS.split()})
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
@@ -316,12 +315,12 @@ RULES = r"""
 (?:@?[Tt]he *)?@?\b(?:[Ss]econd|2nd) *@?[Qq]uadrant\b|@?[Qq]uadrant *@?(?:II|2)\b ⟶ " @II"
 (?:@?[Tt]he *)?@?\b(?:[Tt]hird|3rd) *@?[Qq]uadrant\b|@?[Qq]uadrant *@?(?:III|3)\b ⟶ " @III"
 (?:@?[Tt]he *)?@?\b(?:[Ff]ourth|4th) *@?[Qq]uadrant\b|@?[Qq]uadrant *@?(?:IV|4)\b ⟶ " @IV"
-^[IVX]{2,}$|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1
 \\prime\s* ⟶ '
 \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
 \\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1'
 \s+ ⟶ " "
+(?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 ^ *\\approx ⟶ ""
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
@@ -765,8 +764,9 @@ def call(name: str, x: list):
     m, a = real(), x[0]
     spend(10)
     if name[0] == "?":    # an unknown function is any fixed one, other for each name and each order of the arguments
-        terms = [(i + 2) * (v**3 + v) for i, v in enumerate(x)]
-        return m.sqrt(zlib.crc32(name.encode())) * (sum(terms) + 1)
+        h = zlib.crc32(name.encode())
+        terms = [(i + 2) * (v**3 + h % 97 * v) for i, v in enumerate(x)]
+        return m.sqrt(h) * (sum(terms) + h % 89 + 1)
     if name in ("!", "binom"):
         if not all(m.isint(v) and 0 <= v <= 3000 for v in x):
             raise Unparsed("only of integers to 3000")
@@ -949,8 +949,8 @@ def number_of(node: Node):
 
 
 def grid(*sets: Node) -> list:
-    """Where two sets are compared: at every number that is written in them and its negative, very near to these, and
-    at fixed other points. No end that either side writes can hide a difference."""
+    """Where two sets are compared: at every number that is written in them and its negative, very near to these, half
+    way between, and at fixed other points. No end that either side writes can hide a difference."""
     m, spots = real(), {real().mpf(0)}
     for node in itertools.chain(*map(walk, sets)):
         spend(node.size)
@@ -959,8 +959,9 @@ def grid(*sets: Node) -> list:
             spots |= {m.convert(x), -m.convert(x)}
     spots = sorted(spots)
     spend(len(spots) ** 2)    # each test goes through the ends of its set
+    middle = [(a + b) / 2 for a, b in zip(spots, spots[1:])]
     near = [x + s * m.ldexp(1 + abs(x), -99) for x in spots for s in (1, -1)]
-    return [*spots, *near, *(sample("x", i) for i in range(6))]
+    return [*spots, *near, *middle, *(sample("x", i) for i in range(6))]
 
 
 def inside(node: Node, x) -> bool:
@@ -991,7 +992,7 @@ def inside(node: Node, x) -> bool:
         steps = [add(x, -value(part, here)) for part in parts]
         if text == SET:
             return not all(steps)
-        if len(steps) == 2:
+        if len(steps) == 2 and add(steps[0], -steps[1]) >= 0:
             above = steps[0] > 0 or text[0] == "[" and not steps[0]
             return above and (steps[1] < 0 or text[1] == "]" and not steps[1])
     if kind == "sym" and is_set(node):
@@ -1001,6 +1002,8 @@ def inside(node: Node, x) -> bool:
 
 def same_set(gold: Node, answer: Node) -> bool:
     """Whether two sets of reals, in at most one unknown each, have the same elements at every point of their grid."""
+    # in "-80 <= g(x) <= 82" the unknown is g(x)
+    gold, answer = (swap(t, lambda n: Node("sym", n.text) if unknown(n) and names(n) else None) for t in (gold, answer))
     if len(names(gold, answer)) > 1:
         return False
     try:
@@ -1189,6 +1192,8 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     if DIMENSIONS.fullmatch(gold):
         sides = [t.replace(r"\times", ",") for t in (gold, answer)]
         return [tuple(sides)] if sides[0].count(",") == sides[1].count(",") else []
+    if "@temperature" not in gold:
+        answer = re.sub("@temperature[CF]", "@degree", answer)
     pairs = [(joined(gold), joined(answer)), (gold, answer)]
     if m := CHOICE.fullmatch(answer):
         choice = re.fullmatch(r"\(?[A-J]\)?", gold)
@@ -1207,10 +1212,7 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def judge(gold: str, answer: str) -> str:
-    """The reason of the verdict on an extracted answer.
-    >>> judge("1/2", "0.5"), judge("1/2", "0.4"), judge("1/2", "1/0")
-    ('correct', 'wrong', 'wrong')
-    """
+    """The reason of the verdict on an extracted answer."""
     LOCAL.work = 0
     if answer.strip() == gold.strip():
         return "correct" if answer.strip() else "no_answer"
@@ -1242,9 +1244,6 @@ def verify(response: str, *, gold: str, finished: bool | None = None) -> Verdict
     response: the model's text; what precedes </think> or follows an end-of-turn token is ignored.
     gold: the raw string of the dataset. finished: False when the token limit stopped the response, None if unknown.
     Errors: TypeError when either text is not a str; nothing else, for no input.
-
-    >>> verify(r"\boxed{x = 1, 2}", gold="2, 1").reason, verify(r"\boxed{0.33}", gold=r"\frac13").reason
-    ('correct', 'wrong')
     """
     if not isinstance(response, str) or not isinstance(gold, str):
         raise TypeError(f"response and gold must be str, not {type(response).__name__} and {type(gold).__name__}")
