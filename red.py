@@ -199,6 +199,10 @@ def parse(argv):
         preset = "builtin"                               # for the built-in model alone
     cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     check(cfg)
+    names = list(vars(cfg))
+    for name in names[:names.index("dtype")]:            # the settings of training come first
+        if cfg.eval_only and name in given:
+            raise Stop(f"{flag(name)}: has no effect beside --eval-only; leave it out")
     return cfg, given
 
 

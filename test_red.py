@@ -1764,21 +1764,20 @@ def test_log_mu_of_a_noisy_sampler_and_of_the_trainer(tmp_path, monkeypatch, mu,
         rollouts = [Rollout(p, rng.choices(range(3, 19), k=1000), [0.0] * 1000, 0.0) for p in prompts]
         rapid.rescore(self.model, rollouts)
         for r in rollouts:
-            r.mu = [x + 0.08 * rng.gauss(0, 1) for x in r.mu]
+            r.mu = [x + 0.05 * rng.gauss(0, 1) for x in r.mu]
         return rollouts
     monkeypatch.setattr(red.HFEngine, "generate", generate)
     monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(sum(r.response) % 2 == 0, "correct", ""))
-    monkeypatch.setattr(red, "check_gap", lambda cfg, gap: None)         # 0.064 is a bfloat16 gap; this is float32
+    monkeypatch.setattr(red, "check_gap", lambda cfg, gap: None)         # 0.04 is a bfloat16 gap; this is float32
     monkeypatch.setattr(red, "evaluate", lambda *a: None)
-    argv = "--preset builtin --algo rapid --prompts 4 --updates 4 --updates-per-phase 2 --traced-share 0 --lr 1e-7 " \
+    argv = "--preset builtin --algo rapid --prompts 12 --updates 2 --updates-per-phase 2 --traced-share 0 --lr 1e-7 " \
            f"--max-new-tokens 1100 --min-ess 0.3 --eta 1e9 --mu {mu}"
     model = base_with(tmp_path / "m", max_position_embeddings=2048)
     assert red.main(["--model", model, "--out", str(tmp_path / "r"), *argv.split()]) == 0
     rows = rows_of(tmp_path / "r", "lr")
-    assert [r["updates_dropped"] for r in rows] == [0] * 4
-    for r in rows[::2]:
-        assert low < r["ess"] <= high + 1e-9 and r["phase"]
-        assert r["abs_dlogp_on_policy"] == pytest.approx(0.064, rel=0.1)
+    assert [r["updates_dropped"] for r in rows] == [0, 0]
+    assert low < rows[0]["ess"] <= high + 1e-9 and rows[0]["phase"]
+    assert rows[0]["abs_dlogp_on_policy"] == pytest.approx(0.04, rel=0.1)
 
 
 def test_eq5_wild_learning_rate_shortens_phases(tmp_path, monkeypatch):
@@ -1873,6 +1872,7 @@ def test_algorithms_on_a_model_that_asks_for_dropout(tmp_path, algo):
     ("--cooldown 240", "--cooldown: found 240.0, allowed is 0 to 1"), ("--eval-only", "--eval-only: needs --model"),
     ("--updates-per-fase 4", "no such flag; the nearest is ['--updates-per-phase']"),
     ("--resume half", "found no run in half"), ("--resume nowhere", "--resume: found no run in nowhere"),
+    ("--eval-only --model M --eval builtin --lr 3", "--lr: has no effect beside --eval-only"),
     ("--model M", "a model a training file"), ("--train good.jsonl", "a training file needs a model of your own"),
     ("--model nowhere/at/all --train good.jsonl", "nowhere/at/all has no config.json"),
     ("--model emptydir --train good.jsonl", "emptydir has no config.json"),
@@ -1974,7 +1974,7 @@ def test_resume_needs_no_other_flag(tmp_path):
     before = weights(tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "000002")
     assert red.main(["--resume", str(tmp_path / "r")]) == 0
-    assert all(torch.equal(before[name], x) for name, x in weights(tmp_path / "r").items())
+    assert torch.equal(before, weights(tmp_path / "r"))
 
 
 # ======================================================================================================================
