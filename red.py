@@ -1127,6 +1127,8 @@ def launch(argv):
     if items and not pools["traced"] and (cfg.algo == "sft" or cfg.traced_share):
         raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
                    "and --traced-share need one; give traces, or --algo rapid")
+    if items and not pools["traced"] and cfg.algo == "red":
+        log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
 
     # 2. The run directory, the engine, the optimizer.
     run = Run(cfg, ranks, log)

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -1965,6 +1964,14 @@ def test_readme_names_are_those_of_the_code(folder, monkeypatch, capsys):
         assert hasattr({"red": red, "rapid": rapid}[module], name), name
     written = {key for row in rows_of(folder / "a") for key in row if not key.startswith("verdict_")}
     assert not [key for key in written if f"`{key}`" not in readme + results]
+
+
+def test_red_without_a_trace_says_that_it_is_rapid_alone(tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n{"prompt": "1+2=", "gold": "3"}\n')
+    flags = "--max-new-tokens 24 --prompts 2 --group-size 2 --updates 1".split()
+    argv = ["--model", str(red.BASE), "--train", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "r"), *flags]
+    assert red.main(argv) == 0 and "this run is RAPID alone" in capsys.readouterr().out
+    assert all("lam" not in row for row in rows_of(tmp_path / "r"))
 
 
 def test_resume_needs_no_other_flag(tmp_path):
