@@ -1314,7 +1314,8 @@ def test_queue_loses_and_repeats_nothing():
     assert sorted(traced + queue.take("traced", 1)) == [("traced", i) for i in (3, 5, 8)]
     assert sorted(more := queue.take("all", 12)) == every and queue.state["all"]["epoch"] == 2
     assert resumed.take("all", 19) == used[5:] + more
-    assert [i for _, i in used] == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8] and data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
+    assert [i for _, i in used] == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8]
+    assert data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
 
 
 @pytest.mark.parametrize("wasteful", [False, True])
@@ -1901,7 +1902,7 @@ def test_algorithms_on_a_model_that_asks_for_dropout(tmp_path, algo):
     ("--eval-only --model M --eval builtin --lr 3", "--lr: has no effect beside --eval-only"),
     ("--model M", "a model a training file"), ("--train good.jsonl", "a training file needs a model of your own"),
     ("--model nowhere/at/all --train good.jsonl", "nowhere/at/all could not be loaded: "),
-    ("--model emptydir --train good.jsonl", "a finished run or a hub id (the built-in model: python assets/bench.py --make-base)"),
+    ("--model emptydir --train good.jsonl", "hub id (the built-in model: python assets/bench.py --make-base)"),
     ("--model binary --train good.jsonl", "binary could not be loaded"),
     ("--model notokenizer --train good.jsonl", "notokenizer could not be loaded"),
     ("--model M --train none.jsonl", "none.jsonl: found no such file"), ("--model M --train bad.jsonl", "bad.jsonl:2"),
