@@ -42,7 +42,7 @@ import rapid
 import red
 import verify as checker
 from rapid import Rollout
-from verify import extract, gold_problem, verify, verify_many
+from verify import extract, gold_problem, verify
 
 HERE = Path(red.__file__).resolve().parent
 sys.path.insert(0, str(HERE / "assets"))
@@ -285,7 +285,7 @@ VERIFY_EXTRACTIONS = [
     (r"<think>maybe \boxed{3}</think> The answer is \boxed{4}.", None, "4"), ("I do not know.", None, "no_answer"),
     ("Therefore, the probability is 2/3.<|im_start|>user", None, "2/3"), (r"\boxed{4}<|im_end|> \boxed{5}", None, "4"),
     (r"$F_n = \sum_{k} F_k \int$", None, r"F_n = \sum_{k} F_k \int"), ("So the area is \\(12\\pi\\).", None, r"12\pi"),
-    (r"\boxed{3}. Now check: \boxed{\frac{1}{", None, "truncated"), ("So the total cost is **\\$45**.", None, "\\$45"),
+    (r"\boxed{3}. Now check: \boxed{\frac{1}{", None, "truncated"), ("So the total cost is **\\$45**.", None, "45"),
     (r"maybe \boxed{3}</think> no idea at all", None, "no_answer"), ("Hence the correct choice is (B).", None, "B"),
     (r"work ... \boxed{4} and so on until the limit", False, "4"), (r"$\boxed{3}$ and $\boxed{4}$", None, "3, 4"),
     (r"\boxed{\frac{1}{\sqrt{2}}}", None, r"\frac{1}{\sqrt{2}}"), (r"<think>maybe \boxed{3}", None, "truncated"),
@@ -474,16 +474,6 @@ def test_verify_import_is_light():
     code = "import sys, verify; print({'sympy', 'mpmath', 'torch', 'numpy', 'multiprocessing'} & set(sys.modules))"
     folder = os.path.dirname(checker.__file__)
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout == "set()\n"
-
-
-def test_verify_many_keeps_the_order():
-    golds = [str(i if i % 3 else i + 1) for i in range(40)]
-    verdicts = verify_many([rf"\boxed{{{i}}}" for i in range(40)], golds)
-    assert [v.correct for v in verdicts] == [bool(i % 3) for i in range(40)]
-    assert verify_many([], []) == []
-    assert verify_many(["The answer is 5."], ["5"], finished=[False])[0].reason == "truncated"
-    with pytest.raises(ValueError, match="2 responses, 1 golds"):
-        verify_many(["1", "2"], ["1"])
 
 
 def verify_command(*args):
