@@ -32,7 +32,6 @@ from typing import NamedTuple
 
 MAX_CHARS = 4000    # longest answer that is parsed; a longer one can only be the same string
 MAX_DEPTH = 40      # nesting of the tree; every recursion below follows the tree, so this bounds the stack
-MAX_DIGITS = 1000   # digits of one literal
 MAX_BITS = 8000     # a fraction with more is rounded: the exact one would cost too much
 MAX_WORK = 20_000   # cost of all evaluations of one comparison: a node counts 1, a function or a power 10
 PRECISION = 600     # bits of the arithmetic; the same values differ in at most 100 of them
@@ -54,18 +53,17 @@ class Budget(Exception):
 
 # ------------------------------------------------------------------ extraction
 
-TURN_END = re.compile(
-    r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
+TURN_END = re.compile(r"<\|(?:im_end|im_start|end_?of_?text|eot_id)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
 BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*)(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))"
                  r"|(?<!\\)(?:\\\\)*\\[{}]|[{}]")    # \{ and \} are skipped, in linear time for a run of \
 # What may stand between two boxes that are one answer: punctuation, "and", "or", "y =", or a short "cm and".
 BETWEEN = re.compile(r"(?:[\s$,;:.&()\[\]\\{}]|quad|text|mbox|\b(?:and|or)\b|[A-Za-z]\w{0,3} *=)*"
                      r"|[^.\n\d=]*\b(?:and|or)\b[^.\n\d=]*")
 # A unit of measurement behind the box belongs to the answer: \boxed{3}\text{ cm} is not 3 m.
-BEHIND = re.compile(r"(?:\s|\\[ ,;:!)\]]|[$~])*(\\?%|\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:square |cubic |sq\.? )?"
-                    r"([A-Za-z]+)[^{}]*\}(?:\^\{?\d\}?)?"
-                    r"|(?:square |cubic )?(?!in\b|min\b|mol\b|as\b|Pa\b)([a-zA-Z]{2,})"
-                    r"(?:\^\{?\d\}?| per [a-z]+| ?/ ?[a-z]+)*)")
+BEHIND = re.compile(
+    r"(?:\s|\\[ ,;:!)\]]|[$~])*(\\?%|\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:square |cubic |sq\.? )?([A-Za-z]+)[^{}]*\}"
+    r"(?:\^\{?\d\}?)?|(?:square |cubic )?(?!in\b|min\b|mol\b|as\b|Pa\b)([a-zA-Z]{2,})(?:\^\{?\d\}?| per [a-z]+"
+    r"| ?/ ?[a-z]+)*)")
 CLOSING = re.compile(r"(?:\s|\.|I hope (?:it|this) is correct)*$")
 FINAL = re.compile(r".*[Ff]inal answer is:?\s*([^\n]{1,200}?)\.? I hope (?:it|this) is correct", re.S)
 NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?:(?: */ *|:)\d+)?"
@@ -87,22 +85,23 @@ ENDS = [re.compile(p, re.S | re.I) for p in (
     r".*\(([A-J])\)\W*$",
     r"(?:.*\n)?(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*)$",                                      # the last line
     rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
-# A sign of money is no sign of a formula, and a computation says less than what it is equal to.
+# The sign of money is no sign of a formula, and a computation says less than what it is equal to.
 MONEY = re.compile(r"\\\$(?=\d)|\$(?=\d[^$]*(?:\$\d|$))")
 COMPUTED = re.compile(r"(?<![\w.^_{\\])\d[\d.,]*%?\s*[-+*/×÷][\d\s.,%+*/×÷-]*=\s*(?=-?\d)")
-PASSING = ("in of the for at to after with per from by than every each these those all on within between among "
-           "first last next her his their its").split()
+# The number that a sentence is about stands behind these words, and not behind those that make it a circumstance.
 SAID = (r"\b(?:is|are|was|were|be|equals?|has|have|had|needs?|takes?|costs?|pays?|earns?|(?<!to )makes?|gets?|gives?"
         "|leaves?|spends?|only|about|exactly|approximately)")
 SUBJECT = [re.compile(p, re.I) for p in (
     rf".*({NUMBER})(?:\s[a-z]+)?,? (?:in total|in all|altogether)\b",
     rf".*?(?:\btotal of|=)\s*({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%])",
     rf".*?{SAID}\s+({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%]|(?<=%) of)")]
+PASSING = ("in of the for at to after with per from by than every each these those all on within between among "
+           "first last next her his their its").split()
 
 
 def concluding(text: str) -> str:
     """What the last sentence says when it holds several numbers or formulas: the formulas that it joins by "and"; the
-    number behind "total of", "=" or a verb; the first that no word like "in" makes a circumstance; "" if nothing.
+    number behind "total of", "=" or a verb; the first that is no circumstance; "" if nothing.
     >>> concluding("So there are 24 ways to seat 4 guests in 3 rows."), concluding("Thus $a = 3$ and $b = -1$.")
     ('24', 'a = 3, b = -1')
     """
@@ -115,8 +114,9 @@ def concluding(text: str) -> str:
     found = re.findall(rf"(\w*)[^\w-]{{0,3}}({NUMBER})", clause)
     if len(found) < 2 or re.search(r"\\|\$[^$]*[=(^_][^$]*\$", clause):
         return ""
-    said = [number for word, number in found if word.lower() not in PASSING]
-    return next((m[1] for pattern in SUBJECT if (m := pattern.match(clause))), said[0] if said else "")
+    said = [m[1] for pattern in SUBJECT if (m := pattern.match(clause))]
+    said += [number for word, number in found if word.lower() not in PASSING]
+    return said[0] if said else ""
 
 
 def boxed(text: str) -> tuple[str | None, bool]:
@@ -147,9 +147,8 @@ def boxed(text: str) -> tuple[str | None, bool]:
         if parts and (start - box_end > 60 or len(parts) > 60 or not BETWEEN.fullmatch(text, box_end, start)):
             break
         start, content = box_start, text[inner_start:inner_end].strip()
-        if content not in parts:
-            parts.insert(0, content)
-    answer, behind = ", ".join(parts), BEHIND.match(text, found[-1][3])
+        parts += [content] if content not in parts else []
+    answer, behind = ", ".join(reversed(parts)), BEHIND.match(text, found[-1][3])
     if behind and not re.search(r"[a-zA-Z%]\W*$", answer):
         dimension, _ = unit(behind[2] or behind[3] or "meter")
         if dimension and not dimension.startswith("label"):
@@ -162,7 +161,7 @@ def first_of(patterns: list[re.Pattern], tail: str) -> str:
         m = pattern.match(tail)
         answer = "".join(m.groups("")).strip(" $*") if m else ""
         if answer and ("formula" in pattern.groupindex or not gold_problem(answer)):
-            return answer.strip()
+            return answer
     return ""
 
 
@@ -182,20 +181,18 @@ def extract(response: str, finished: bool | None = None) -> tuple[str | None, st
     answer, hanging = boxed(text)
     if hanging or answer is None and finished is False:
         return None, "truncated"
-    if answer is not None:
-        return (answer, "") if answer else (None, "no_answer")
     # 3. Without a box, the sentence that declares an answer final, or else what a finished text ends with.
-    if m := FINAL.match(text[-20_000:]):
-        return m[1].strip(" $*"), ""
-    tail = text[-1500:]
-    tail = COMPUTED.sub("", MONEY.sub("", tail[:CLOSING.search(tail).start()]))
-    # A text that ends in mid-sentence or mid-formula may have been cut off, and what it ends with is a number in
-    # passing: a short one must say that this is its answer.
-    complete = ended or re.search(r"(?:[.!*$>€²]|\\[)\]]|\([A-J]\))$", text)
-    if complete:
-        answer = first_of(STATED, tail) or concluding(tail) or first_of(ENDS, tail)
-    else:
-        answer = first_of(STATED[:5], tail) if len(text) < 150 else ""
+    if answer is None and (m := FINAL.match(text[-20_000:])):
+        answer = m[1].strip(" $*")
+    if answer is None:
+        tail = text[-1500:]
+        tail = COMPUTED.sub("", MONEY.sub("", tail[:CLOSING.search(tail).start()]))
+        # A text that ends in mid-sentence or mid-formula may have been cut off, and what it ends with is a number in
+        # passing: a short one must say that this is its answer.
+        if ended or re.search(r"(?:[.!*$>€²]|\\[)\]]|\([A-J]\))$", text):
+            answer = first_of(STATED, tail) or concluding(tail) or first_of(ENDS, tail)
+        elif len(text) < 150:
+            answer = first_of(STATED[:5], tail)
     return (answer, "") if answer else (None, "no_answer")
 
 
@@ -245,9 +242,8 @@ THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\
 
 def joined(text: str) -> str:
     """1,234 and 1 234 as 1234, except inside brackets, where a comma separates: (100,200) is a pair."""
-    if re.search(r"[(\[]|\\\{|\\langle", text):
-        return text
-    return THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
+    listed = re.search(r"[(\[]|\\\{|\\langle", text)
+    return text if listed else THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
 
 
 def said(m: re.Match) -> str:
@@ -278,18 +274,16 @@ def in_base(m: re.Match) -> str:
     """A number in another base as one symbol: 204_5 is neither 204_6 nor 54. The base ten changes nothing."""
     digits, base = m[1] or m[2], m[3] or m[4] or m[5]
     base = NUMERALS.get(base) or int(base)
-    if base == 10 and digits.isdigit():
-        return digits
     fits = all(int(digit, 16) < base for digit in digits)
-    return rf" \zeta_{{base{base}digits{digits}}} " if fits else m[0]
+    return m[0] if not fits else digits if base == 10 else rf" \zeta_{{base{base}digits{digits}}} "
 
 
 def unit_behind(m: re.Match) -> str:
     """Letters behind a number as its unit: 5 cm, 12 apples; but 5xy, 2mg (m times g), 3ab are products."""
     before, word = m[1], m[2]
-    known = not unit(word)[0].startswith("label")
     label = before.endswith(" ") and len(word) > 3 and word.islower()
-    return before + ("@" if before[0] == "@" or known or label else "") + word
+    known = before[0] == "@" or label or not unit(word)[0].startswith("label")
+    return f"{before}@{word}" if known else m[0]
 
 
 # One spelling per construct, by these rules in this order: pattern ⟶ replacement or function. A word is marked with @,
@@ -382,8 +376,8 @@ def clean(text: str) -> str:
 class Node(NamedTuple):
     """One node of the tree of an answer.
 
-    kind: num, sym, word, call, + * / ^, rel (a relation, or a chain of them), seq (a list, pair, set
-    or interval), ∪ ∩ ∖, such (a set with its condition).
+    kind: num, sym, word, call, + * / ^, rel (a relation, or a chain of them), seq (a list, pair, set or interval),
+    ∪ ∩ ∖, such (a set with its condition).
     text: the name of a sym, word or call (?f is a function that is not known); the signs of a rel, one character each;
     the brackets of a seq, "" for a list without any and "or" for one that is joined so.
     """
@@ -394,6 +388,33 @@ class Node(NamedTuple):
     ulp: Fraction | None = None
     size: int = 1     # nodes of the whole tree
     depth: int = 1
+
+    def walk(self):
+        """Every node of the tree."""
+        yield self
+        for part in self.parts:
+            yield from part.walk()
+
+    def swap(self, change):
+        """The tree with change(node) in place of each node for which that is not None."""
+        new = change(self)
+        if new is not None or not self.parts:
+            return self if new is None else new
+        return tree(self.kind, self.text, *(part.swap(change) for part in self.parts))
+
+    def kinds(self) -> set[str]:
+        return {n.kind for n in self.walk()}
+
+    def decimals(self) -> list:
+        return [n for n in self.walk() if n.ulp]
+
+    def unknown(self) -> bool:
+        """Whether this calls a function that is not known, as in f(x)."""
+        return self.kind == "call" and self.text[0] == "?"
+
+    def restricts(self) -> bool:
+        """Whether this says that a letter is any integer: k in Z."""
+        return self.kind == "rel" and self.text == "∈" and self.parts[1].text in ("Z", "N")
 
 
 def tree(kind: str, text: str, *parts: Node) -> Node:
@@ -415,35 +436,9 @@ def exact(x) -> Node:
     return Node("num", value=Fraction(x))
 
 
-def walk(node: Node):
-    """Every node of a tree."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(node.parts)
-
-
-def swap(node: Node, change) -> Node:
-    """The tree with change(node) in place of each node for which that is not None."""
-    new = change(node)
-    if new is not None or not node.parts:
-        return node if new is None else new
-    return tree(node.kind, node.text, *(swap(part, change) for part in node.parts))
-
-
 def names(*trees: Node) -> set[str]:
     r"""The free symbols: everything that gets a sample value."""
-    return {n.text for t in trees for n in walk(t) if n.kind == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
-
-
-def kinds(node: Node) -> set[str]:
-    return {n.kind for n in walk(node)}
-
-
-def unknown(node: Node) -> bool:
-    """Whether a node calls a function that is not known, as in f(x)."""
-    return node.kind == "call" and node.text[0] == "?"
+    return {n.text for t in trees for n in t.walk() if n.kind == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
 
 
 # ------------------------------------------------------------------ parsing
@@ -454,8 +449,7 @@ for row in (
         r"= == := \equiv \approx; < \lt; ≤ <= \le \leq \leqslant; > \gt; ≥ >= \ge \geq \geqslant; ≠ != \ne \neq; "
         r"∈ \in; ∪ \cup; ∩ \cap; ∖ \setminus \backslash; * \cdot \times \ast; / \div; ^ **; "
         r"| \lvert \rvert \mid \vert \|; [ \lbrack; ] \rbrack; , \, and \land; or \or \lor; infty infinity inf oo; "
-        "emptyset varnothing; ldots dots cdots; asin arcsin; acos arccos; atan arctan; acot arccot; asec arcsec; "
-        "acsc arccsc").split("; "):
+        "emptyset varnothing; ldots dots cdots").split("; "):
     SPELLED |= dict.fromkeys(row.split(), row.split()[0])
 LEVELS = {op: level for level, row in enumerate((
     ", or", "= < ≤ > ≥ ≠ ∈ :", "∪ ∩ ∖", "+ -", "* /")) for op in row.split()}
@@ -487,9 +481,7 @@ def number(text: str) -> Node:
     value = int(whole + decimals) * ulp
     if period:
         value += ulp * Fraction(int(period), 10 ** len(period) - 1)
-    if period or not decimals:
-        return exact(value)
-    return Node("num", value=value, ulp=ulp)
+    return Node("num", value=value, ulp=ulp if decimals and not period else None)
 
 
 def signed(sign: str, node: Node) -> Node:
@@ -525,8 +517,6 @@ class Parser:
         self.tokens, self.i, self.depth, self.bars = [], 0, 0, False
         for m in TOKEN.finditer(text):
             kind, t = m.lastgroup, m[m.lastgroup]
-            if len(t) > MAX_DIGITS:
-                raise Budget(f"a token of {len(t)} characters, at most {MAX_DIGITS} are read")
             t = re.sub(r"[\\{} ]", "", t) if kind in ("name", "call", "func") else t
             self.tokens.append((kind, t if kind == "word" else SPELLED.get(t, t)))
         self.tokens.append(("end", ""))
@@ -625,6 +615,7 @@ class Parser:
                 inner = chain("*", inner, self.powers())
         if name in OPERATORS.split("|"):    # \det B and \gcd(4, 6) are names of what follows "="
             return tree("call", "?" + name, *(inner.parts if inner.kind == "seq" else [inner]))
+        name = name.replace("arc", "a")
         name, power = ("a" + name, None) if power == exact(-1) else (name, power)
         node = tree("call", name, inner, low) if low else tree("call", name, inner)
         return tree("^", "", node, power) if power else node
@@ -640,7 +631,7 @@ class Parser:
             condition = self.expression()
             self.take(PAIRS[opened])
             # {k pi | k in Z} is the same family as "k pi, k in Z"
-            family = restricts(condition) and inner.kind not in ("sym", "rel")
+            family = condition.restricts() and inner.kind not in ("sym", "rel")
             if condition.kind == "seq" and condition.parts[0].text == "=" and condition.parts[0].parts[0] == inner:
                 return condition    # {x | x = k pi, k in Z}
             return tree("seq" if family else "such", "", inner, condition)
@@ -700,28 +691,21 @@ def spend(cost: int) -> None:
         raise Budget(f"more work than {MAX_WORK}")
 
 
-# A value is a Fraction as long as it can be, so that 10^{100} + 1 is not 10^{100}, and an mpmath number from the first
-# root, pi or sample value on.
-
-
 def bits(*numbers) -> int:
     """How long the fractions among these numbers are."""
     return sum(max(abs(x.numerator), x.denominator).bit_length() for x in numbers if isinstance(x, Fraction))
 
 
 def bounded(x):
-    """A fraction as it is while that is cheap, any other value in the precision of the context."""
+    """A value: a Fraction as long as that is cheap, so that 10^{100} + 1 is not 10^{100}, else an mpmath number."""
     return x if isinstance(x, Fraction) and bits(x) <= MAX_BITS else real().convert(x)
 
 
-# The names of integers, as in a factorial or above -1.
-INTEGERS = "ijklmnpqrstNM"
-
-
-def sample(name: str, point: int = 0, integers=()):
+def sample(name: str, point: int = 0, integers=(), fixed=()):
     """A fixed "random" number for a name; negative and large at some points, where |x - 500| is not 500 - x. The
     integers follow each other at first, so that every remainder occurs; a name such as x takes them at odd points."""
-    h, counts = zlib.crc32(f"{name}@{point}".encode()), name[0] in INTEGERS
+    point = 0 if name in fixed else point
+    h, counts = zlib.crc32(f"{name}@{point}".encode()), name[0] in "ijklmnpqrstNM"    # the names of integers
     if name in integers and (counts or point % 2):
         follows = 2 + zlib.crc32(name.encode()) % 4 + (point if counts else point // 2)
         return Fraction(12 + h % 40 if point > 5 else follows)
@@ -777,11 +761,6 @@ def call(name: str, x: list):
             raise Unparsed("only of integers to 3000")
         spend(int(max(x)) // 10)
         return bounded(Fraction((math.factorial if name == "!" else math.comb)(*map(int, x))))
-    if name in ("floor", "ceil"):
-        if m.im(a) or m.mag(a) > PRECISION // 2:
-            raise Unparsed("no floor")
-        tiny = m.ldexp(1, -PRECISION // 3)    # \lfloor (\sqrt{2})^2 \rfloor is 2
-        return m.floor(m.convert(a) + tiny) if name == "floor" else m.ceil(m.convert(a) - tiny)
     if name == "sqrt":
         degree = x[1] if len(x) > 1 else Fraction(2)
         # the cube root of -8 is -2, not the complex principal root
@@ -789,8 +768,11 @@ def call(name: str, x: list):
         return -power(-a, 1 / degree) if odd else power(a, 1 / degree)
     if name in ("log", "ln", "lg"):
         return m.log(a) / m.log(x[1] if len(x) > 1 else 10 if name == "lg" else m.e)
-    if m.mag(a) > 60:
+    if name != "abs" and m.mag(a) > 60:
         raise Budget(f"{name} of a huge number")
+    if name in ("floor", "ceil"):
+        tiny = m.ldexp(1, -PRECISION // 3)    # \lfloor (\sqrt{2})^2 \rfloor is 2
+        return m.floor(m.convert(a) + tiny) if name == "floor" else m.ceil(m.convert(a) - tiny)
     return getattr(m, {"abs": "fabs", "cis": "expj"}.get(name, name))(a)
 
 
@@ -827,22 +809,18 @@ def value(node: Node, at):
 # ------------------------------------------------------------------ comparison of expressions
 
 
-def decimals(node: Node) -> list[Node]:
-    return [n for n in walk(node) if n.ulp is not None]
-
-
 def precision(node: Node) -> tuple:
     """(relative unit in the last place, digits, whether measured) of -2.68, 5.0 cm or 4.5 \\times 10^{33}, where one
     literal carries the precision; (0, 0, False) for anything else. It shows that it was measured by a power of ten, by
     a unit of measurement, or by four or more digits that no fraction with a denominator below 50 has."""
-    inexact = decimals(node)
-    if len(inexact) != 1 or not inexact[0].value or kinds(node) - {"num", "word", "*", "/", "^"}:
+    inexact = node.decimals()
+    if len(inexact) != 1 or not inexact[0].value or node.kinds() - {"num", "word", "*", "/", "^"}:
         return 0, 0, False
     literal, fraction = inexact[0], inexact[0].value.denominator
     digits = len(str(int(abs(literal.value / literal.ulp))))
-    words = {unit(n.text)[0].split(" ")[0] for n in walk(node) if n.kind == "word"}
+    words = {unit(n.text)[0].split(" ")[0] for n in node.walk() if n.kind == "word"}
     physical = fraction > 1 and words - {"", "$", "label"}
-    scientific = any(n.kind == "^" and n.parts[0] == exact(10) for n in walk(node))
+    scientific = any(n.kind == "^" and n.parts[0] == exact(10) for n in node.walk())
     measured = scientific or physical or digits > 3 and fraction >= 50
     return real().convert(abs(literal.ulp / literal.value)), digits, measured
 
@@ -863,15 +841,15 @@ def same_number(x, y, gold: Node, answer: Node) -> bool:
     return digits >= 6 and bool(abs(m.convert(d) / y) < last_place * (1 - margin))
 
 
-def values(trees: list[Node], points: int):
+def values(trees: list[Node], points: int, fixed=()):
     """The values of the trees at each sample point where all of them have one. A name is sampled at integers where
     something is different or has a meaning only there: floors, factorials, binomials, powers of negative numbers."""
     integers = set()
-    for n in itertools.chain(*map(walk, trees)):
+    for n in itertools.chain(*map(Node.walk, trees)):
         if n.text in ("floor", "ceil", "!", "binom") or n.kind == "^" and (n.parts[0].value or 0) < 0:
             integers |= names(n)
     for point in range(points + 2 * bool(integers)):
-        at = functools.partial(sample, point=point, integers=integers)
+        at = functools.partial(sample, point=point, integers=integers, fixed=fixed)
         try:
             yield [value(t, at) for t in trees]
         except Budget:    # e^x + 1 has no usable value at the later points, which are large
@@ -884,7 +862,7 @@ def values(trees: list[Node], points: int):
 def same_values(gold: Node, answer: Node) -> bool:
     """Whether the values are the same at every sample point, of which there must be one: 1/0 is the same as nothing."""
     found = False
-    for x, y in values([gold, answer], 6 if names(gold, answer) or "word" in kinds(gold) else 1):
+    for x, y in values([gold, answer], 6 if names(gold, answer) or "word" in gold.kinds() else 1):
         # sqrt(1/n) and 1/sqrt(n) differ only where they leave the reals, which is not their domain
         if found and (real().im(x) or real().im(y)):
             continue
@@ -898,19 +876,17 @@ def same_expression(gold: Node, answer: Node) -> bool:
     """Comparison by value. A unit that only one side writes is ignored: cm after a gold without cm. Percent and degree
     have plain sizes, so there the other side may also have converted: 28% and 0.28. If both sides have units they
     must have one dimension and size, which the sample value of each dimension sees to."""
-    # Letters of the answer are units in 5 m, 9.8 m/s^2 where the gold has no letters.
-    head = answer
-    while head.kind in ("*", "/"):
-        head = head.parts[0]
-    if head is not answer and not (head.kind == "sym" and names(head)) and not names(gold):
-        answer = swap(answer, lambda n: Node("word", n.text) if n.kind == "sym" and n.text in UNITS else None)
+    # Letters behind a number are units in 5 m, 9.8 m/s^2 where the gold has no letters.
+    first = next(n for n in answer.walk() if not n.parts)
+    if answer.kind in ("*", "/") and not names(first) and not names(gold):
+        answer = answer.swap(lambda n: Node("word", n.text) if n.kind == "sym" and n.text in UNITS else None)
     if same_values(gold, answer):
         return True
     # without the units, but inside a function a degree is always a degree: sin 30^\circ
     def without(n: Node) -> Node | None:
         return exact(1) if n.kind == "word" else n if n.kind == "call" else None
-    plain = swap(gold, without), swap(answer, without)
-    return ("word" in kinds(gold)) != ("word" in kinds(answer)) and same_values(*plain)
+    plain = gold.swap(without), answer.swap(without)
+    return ("word" in gold.kinds()) != ("word" in answer.kinds()) and same_values(*plain)
 
 
 def same_equation(f: Node, g: Node) -> bool:
@@ -919,10 +895,8 @@ def same_equation(f: Node, g: Node) -> bool:
     letters = names(f, g)
     functions = {name.rstrip("'") for name in letters if name[-1] == "'"}
     fixed = {name for name in letters if functions and name.rstrip("'") not in functions}
-    pinned = {Node("sym", name): exact(Fraction(7 + zlib.crc32(name.encode()) % 89, 10)) for name in fixed}
-    f, g = swap(f, pinned.get), swap(g, pinned.get)
-    rows = list(values([f, g], 6))
-    if len(rows) < 2 or not names(f) == names(g) != set() or not all(map(all, rows)):
+    rows = list(values([f, g], 6, fixed))
+    if len(rows) < 2 or not names(f) - fixed == names(g) - fixed != set() or not all(map(all, rows)):
         return False
     ratios = [real().convert(x) / y for x, y in rows]
     return not any(add(ratio, -ratios[0]) for ratio in ratios)
@@ -947,28 +921,12 @@ def is_set(node: Node) -> bool:
 
 def number_of(node: Node):
     """The value of a tree without names, units and unknown functions, or None."""
-    if names(node) or kinds(node) & {"word", "rel"} or any(map(unknown, walk(node))):
+    if names(node) or node.kinds() & {"word", "rel"} or any(map(Node.unknown, node.walk())):
         return None
     try:
         return value(node, sample)
     except Unparsed:
         return None
-
-
-def grid(*sets: Node) -> list:
-    """Where two sets are compared: at every number that is written in them and its negative, very near to these, half
-    way between, and at fixed other points. No end that either side writes can hide a difference."""
-    m, spots = real(), {real().mpf(0)}
-    for node in itertools.chain(*map(walk, sets)):
-        spend(node.size)
-        x = number_of(node)
-        if x is not None and not m.isinf(x) and not m.im(x):
-            spots |= {m.convert(x), -m.convert(x)}
-    spots = sorted(spots)
-    spend(len(spots) ** 2)    # each test goes through the ends of its set
-    middle = [(a + b) / 2 for a, b in zip(spots, spots[1:])]
-    near = [x + s * m.ldexp(1 + abs(x), -99) for x in spots for s in (1, -1)]
-    return [*spots, *near, *middle, *(sample("x", i) for i in range(6))]
 
 
 def inside(node: Node, x) -> bool:
@@ -979,7 +937,7 @@ def inside(node: Node, x) -> bool:
         return inside(parts[1], x)
     if kind == "rel" and text == "=" and parts[0].kind == "sym" and not names(parts[1]):
         return not add(x, -value(parts[1], sample))
-    if kind == "rel" and set(text) <= ORDER.keys() and names(node) and not kinds(node) & {"word", "seq"}:
+    if kind == "rel" and set(text) <= ORDER.keys() and names(node) and not node.kinds() & {"word", "seq"}:
         try:
             sides = [value(side, lambda name: x) for side in parts]
             steps = [add(a, -b) for a, b in zip(sides, sides[1:])]
@@ -1000,21 +958,32 @@ def inside(node: Node, x) -> bool:
         if text == SET:
             return not all(steps)
         if len(steps) == 2 and add(steps[0], -steps[1]) >= 0:
-            above = steps[0] > 0 or text[0] == "[" and not steps[0]
-            return above and (steps[1] < 0 or text[1] == "]" and not steps[1])
+            above, below = "≥" if text[0] == "[" else ">", "≤" if text[1] == "]" else "<"
+            return ORDER[above](steps[0], 0) and ORDER[below](steps[1], 0)
     if kind == "sym" and is_set(node):
         return text == "R"
     raise Unparsed("not a set of numbers")
 
 
-def same_set(gold: Node, answer: Node) -> bool:
-    """Whether two sets of reals, in at most one unknown each, have the same elements at every point of their grid."""
+def same_set(*sets: Node) -> bool:
+    """Whether two sets of reals, in at most one unknown each, have the same elements: at every number that is written
+    in them and its negative, very near to these, half way between, and at fixed other points. No end that either side
+    writes can hide a difference."""
     # in "-80 <= g(x) <= 82" the unknown is g(x)
-    gold, answer = (swap(t, lambda n: Node("sym", n.text) if unknown(n) and names(n) else None) for t in (gold, answer))
-    if len(names(gold, answer)) > 1:
-        return False
+    sets = [t.swap(lambda n: Node("sym", n.text) if n.unknown() and names(n) else None) for t in sets]
+    m, spots = real(), {real().mpf(0)}
+    for node in itertools.chain(*map(Node.walk, sets)):
+        spend(node.size)
+        x = number_of(node)
+        if x is not None and not m.isinf(x) and not m.im(x):
+            spots |= {m.convert(x), -m.convert(x)}
+    spots = sorted(spots)
+    spend(len(spots) ** 2)    # each test goes through the ends of its set
+    middle = [(a + b) / 2 for a, b in zip(spots, spots[1:])]
+    near = [x + s * m.ldexp(1 + abs(x), -99) for x in spots for s in (1, -1)]
+    spots += near + middle + [sample("x", i) for i in range(6)]
     try:
-        return all(inside(gold, x) == inside(answer, x) for x in grid(gold, answer))
+        return len(names(*sets)) < 2 and all(inside(sets[0], x) == inside(sets[1], x) for x in spots)
     except (Unparsed, TypeError):    # complex numbers have no order
         return False
 
@@ -1025,12 +994,12 @@ def same_set(gold: Node, answer: Node) -> bool:
 def named(node: Node, loose: bool = False) -> bool:
     r"""Whether the left side of an equation only says what the right side is: x, f(x), (x, y), AB, |AB|, V_1/V_2; not
     11a + c, 2x. loose: also B^{-1}, and x + y, g^{-1}(t) or whatever else has two letters; not 2x, x^2."""
-    if node.kind == "word" or unknown(node):
+    if node.kind == "word" or node.unknown():
         return True
     if node.kind == "^" and node.parts[1] == exact(-1) and node.parts[0].text.isupper():
         return loose
-    letters, plain = names(node), kinds(node) <= {"sym", "seq", "call", "*", "/"}
-    functions = any(n.kind == "call" and n.text != "abs" and not unknown(n) for n in walk(node))
+    letters, plain = names(node), node.kinds() <= {"sym", "seq", "call", "*", "/"}
+    functions = any(n.kind == "call" and n.text != "abs" and not n.unknown() for n in node.walk())
     return bool(letters) and plain and not functions or loose and len(letters) > 1
 
 
@@ -1062,17 +1031,12 @@ def forms(answer: Node) -> list[Node]:
     known = [(part, real().convert(x)) for part in parts if (x := number_of(part)) is not None]
     if len(set(parts)) < 2 or len(known) < 2 or listed and len(known) < len(parts):
         return [answer]
-    best, x = ([pair for pair in known if not decimals(pair[0])] or known)[-1]
+    best, x = ([pair for pair in known if not pair[0].decimals()] or known)[-1]
     for part, y in known:
-        last_place = real().convert(sum(n.ulp for n in decimals(part)))
+        last_place = real().convert(sum(n.ulp for n in part.decimals()))
         if add(x, -y) and abs(x - y) > min(last_place, abs(x) / 100):    # 3/4 or 0.76, 101 or 100 are hedges
             return [] if chained else [answer]
     return [answer, best]
-
-
-def restricts(node: Node) -> bool:
-    """Whether a node says that its letter is any integer: k in Z."""
-    return node.kind == "rel" and node.text == "∈" and node.parts[1].text in ("Z", "N")
 
 
 def members(node: Node, gold: Node | None = None) -> tuple[str, list[Node]]:
@@ -1085,7 +1049,7 @@ def members(node: Node, gold: Node | None = None) -> tuple[str, list[Node]]:
     found = []
     for item in inner.parts:
         # "pi/4 + k pi, k in Z" is one answer, but Z restricts an inequality
-        if not restricts(item) or any(map(is_set, inner.parts)):
+        if not item.restricts() or any(map(is_set, inner.parts)):
             brackets, own = members(item)
             found += [item] if brackets else own
     # A set holds a member once; in a list of solutions a double root may count, see `same_answer`.
@@ -1131,7 +1095,7 @@ def same_single(gold: Node, answer: Node) -> bool:
         return x.kind != "rel" != y.kind and same_expression(x, y)
     g, a = gold.parts, answer.parts
     if set(gold.text + answer.text) == {"="}:
-        if named(g[0]) and g[0] == a[0] or unknown(g[0]) and a[0].text == "y":
+        if named(g[0]) and g[0] == a[0] or g[0].unknown() and a[0].text == "y":
             return same_answer(g[-1], a[-1])
         if len(g) == len(a) == 2 and same_equation(*(tree("+", "", side[0], signed("-", side[1])) for side in (g, a))):
             return True
@@ -1139,19 +1103,6 @@ def same_single(gold: Node, answer: Node) -> bool:
     back = answer.text[::-1].translate(str.maketrans("<>≤≥", "><≥≤"))
     forward = gold.text == answer.text and all(map(same_answer, g, a))
     return forward or gold.text == back and all(map(same_answer, g, a[::-1]))
-
-
-def renamed(gold: Node, answer: Node) -> Node:
-    r"""The answer with its arbitrary constants named as in the gold: n for k in Z, K or c for C where there is also
-    a variable such as x."""
-    family = any(map(restricts, (*walk(gold), *walk(answer))))
-    variable = {name[0] for name in names(gold)} & set("xtyuzθr")
-    free = re.compile("[klmn]" if family else r"[CcK](_\d)?" if variable else "$")
-    new = sorted(filter(free.fullmatch, names(gold) - names(answer)))
-    old = sorted(filter(free.fullmatch, names(answer) - names(gold)))
-    if [name[1:] for name in new] != [name[1:] for name in old]:
-        return answer
-    return swap(answer, {Node("sym", o): Node("sym", w) for o, w in zip(old, new)}.get)
 
 
 # ------------------------------------------------------------------ verdicts
@@ -1181,11 +1132,18 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
 def same_text(gold: str, answer: str) -> bool:
     """Whether one reading of two cleaned texts is the same answer. Errors: Unparsed, Budget."""
     g, a = parse(gold), parse(answer)
-    if g.kind == a.kind == "rel":
-        # x for x(t) where the other side leaves the argument out
+    if g.kind == a.kind == "rel":    # x for x(t) where the other side leaves the argument out
         letters = {"?" + name for name in names(g, a)}
-        g, a = (swap(t, lambda n: Node("sym", n.text[1:]) if n.text in letters else None) for t in (g, a))
-    return any(same_answer(g, form) for form in forms(renamed(g, a)))
+        g, a = (t.swap(lambda n: Node("sym", n.text[1:]) if n.text in letters else None) for t in (g, a))
+    # Arbitrary constants named as in the gold: n for k in Z, K or c for C where there is also a variable such as x.
+    family = any(map(Node.restricts, (*g.walk(), *a.walk())))
+    variable = {name[0] for name in names(g)} & set("xtyuzθr")
+    free = re.compile("[klmn]" if family else r"[CcK](_\d)?" if variable else "$")
+    new = sorted(filter(free.fullmatch, names(g) - names(a)))
+    old = sorted(filter(free.fullmatch, names(a) - names(g)))
+    if [name[1:] for name in new] == [name[1:] for name in old]:
+        a = a.swap({Node("sym", o): Node("sym", w) for o, w in zip(old, new)}.get)
+    return any(same_answer(g, form) for form in forms(a))
 
 
 def judge(gold: str, answer: str) -> str:
@@ -1280,13 +1238,12 @@ def main() -> None:
     seconds = time.perf_counter() - began
     reasons = dict(collections.Counter(v.reason for v in verdicts))
     print(f"{reasons.get('correct', 0)} of {len(rows)} correct, {seconds / len(rows) * 1e3:.2f} ms each, {reasons}")
-    shown = 0
     for (_, gold, score), verdict in zip(rows, verdicts):
         if score not in (None, verdict.correct):
             print(f"differs: {verdict.reason} here, {score} there; gold {gold!r}, answer {verdict.answer!r}")
-        if not verdict.correct and shown < args.show_wrong:
-            print(f"{verdict.reason}: gold {gold!r}, answer {verdict.answer!r}")
-            shown += 1
+    wrong = [(gold, verdict) for (_, gold, _), verdict in zip(rows, verdicts) if not verdict.correct]
+    for gold, verdict in wrong[:args.show_wrong]:
+        print(f"{verdict.reason}: gold {gold!r}, answer {verdict.answer!r}")
 
 
 if __name__ == "__main__":
