@@ -17,7 +17,6 @@ r"""verify.py: is a model's answer to a math problem the same as the gold answer
 Verdict(correct=True, reason='correct', answer='\\frac{2}{4}')
 """
 import argparse
-import collections
 import functools
 import itertools
 import json
@@ -35,6 +34,8 @@ MAX_DEPTH = 40      # nesting of the tree; every recursion below follows the tre
 MAX_BITS = 8000     # a fraction with more is rounded: the exact one would cost too much
 MAX_WORK = 20_000   # cost of all evaluations of one comparison: a node counts 1, a function or a power 10
 PRECISION = 600     # bits of the arithmetic; the same values differ in at most 100 of them
+# What each thread has of its own: the work of its verdict, and an mpmath context, because that has state.
+LOCAL = threading.local()
 
 
 class Verdict(NamedTuple):
@@ -53,7 +54,9 @@ class Budget(Exception):
 
 # ------------------------------------------------------------------ extraction
 
-TURN_END = re.compile(r"<\|(?:im_end|im_start|end_?of_?text|eot_id)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>")
+# Behind these a model may go on with another problem; the last one ends the answers of few-shot prompts.
+END = re.compile(r"<\|(?:im_end|im_start|end_?of_?text|eot_id)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>"
+                 r"|I hope (?:it|this) is correct")
 BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*)(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))"
                  r"|(?<!\\)(?:\\\\)*\\[{}]|[{}]")    # \{ and \} are skipped, in linear time for a run of \
 # What may stand between two boxes that are one answer: punctuation, "and", "or", "y =", or a short "cm and".
@@ -64,13 +67,10 @@ BEHIND = re.compile(
     r"(?:\s|\\[ ,;:!)\]]|[$~])*(\\?%|\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:square |cubic |sq\.? )?([A-Za-z]+)[^{}]*\}"
     r"(?:\^\{?\d\}?)?|(?:square |cubic )?(?!in\b|min\b|mol\b|as\b|Pa\b)([a-zA-Z]{2,})(?:\^\{?\d\}?| per [a-z]+"
     r"| ?/ ?[a-z]+)*)")
-CLOSING = re.compile(r"(?:\s|\.|I hope (?:it|this) is correct)*$")
-FINAL = re.compile(r".*[Ff]inal answer is:?\s*([^\n]{1,200}?)\.? I hope (?:it|this) is correct", re.S)
 NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?:(?: */ *|:)\d+)?"
           r"(?: ?(?:\\?%|percent\b|pct\b|m²|[€£]))?")
-# Answers without a box, tried in this order at the end of a finished text, STATED before `concluding` and ENDS behind
-# it. The first that parses is taken; between the signs of a formula it need not parse, because it can still be the
-# same string as the gold.
+# Answers without a box at the end of a finished text: the first that parses of STATED, `concluding`, ENDS. Between the
+# signs of a formula it need not parse, because it can still be the same string as the gold.
 STATED = [re.compile(p, re.S | re.I) for p in (
     r"(?=.{1,60}$)(?![a-z]{4,}[ :]|.*(?: [a-z]+){3})([^\n]*[\d\\][^\n]*|\w+)$",      # the whole text
     r".*<answer>((?:(?!<answer>).)*)</answer>\W*$",
@@ -100,8 +100,7 @@ PASSING = ("in of the for at to after with per from by than every each these tho
 
 
 def concluding(text: str) -> str:
-    """What the last sentence says when it holds several numbers or formulas: the formulas that it joins by "and"; the
-    number behind "total of", "=" or a verb; the first that is no circumstance; "" if nothing.
+    """What the last sentence says when it holds several numbers or formulas, "" if that is not clear.
     >>> concluding("So there are 24 ways to seat 4 guests in 3 rows."), concluding("Thus $a = 3$ and $b = -1$.")
     ('24', 'a = 3, b = -1')
     """
@@ -120,10 +119,9 @@ def concluding(text: str) -> str:
 
 
 def boxed(text: str) -> tuple[str | None, bool]:
-    r"""The content of the last box, None without one, and whether a later box was opened and never closed.
-
-    Boxes joined only by a comma, "and" or "or" are one list: hedging over two boxes must be a list of guesses and
-    not the luck of the last one. One pass with a stack, because to match the braces of each box is quadratic.
+    r"""The content of the last box, None without one, and whether a later box was opened and never closed. Boxes
+    joined by a comma, "and" or "or" are one list: a hedge over two boxes must not be the luck of the last one. One pass
+    with a stack, because to match the braces of each box is quadratic.
     >>> boxed(r"\boxed{1} or \boxed{2}"), boxed(r"\boxed{1}, no: \boxed{2")
     (('1, 2', False), ('1', True))
     """
@@ -166,29 +164,24 @@ def first_of(patterns: list[re.Pattern], tail: str) -> str:
 
 
 def extract(response: str, finished: bool | None = None) -> tuple[str | None, str]:
-    """(answer, "") or (None, reason). finished=False (stopped by the token limit) takes only a complete box; None
-    judges from the text: an answer without a box must then stand at the very end.
+    """(answer, "") or (None, reason). finished=False (stopped by the token limit) takes only a complete box; with None
+    an answer without a box must stand at the very end.
     >>> extract("We get 70 + 3, so it is **73**."), extract("First we find 70 and then", finished=False)
     (('73', ''), (None, 'truncated'))
     """
-    # 1. The finished answer: before the end of the turn, after the thinking.
-    text = TURN_END.split(response, maxsplit=1)[0]
+    # Only what stands before the end of the turn and after the thinking is an answer.
+    text = END.split(response, maxsplit=1)[0]
     ended, thought = finished or len(text) < len(response), text.rfind("</think>")
     if text.rfind("<think>") > thought:    # a box inside unfinished thinking is not an answer
         return None, "truncated"
     text = text[thought + 8:].strip() if thought >= 0 else text.strip()
-    # 2. Its last complete box; one that was opened later and never closed means the answer was being revised.
+    # A box that was opened later and never closed means that the answer was being revised.
     answer, hanging = boxed(text)
     if hanging or answer is None and finished is False:
         return None, "truncated"
-    # 3. Without a box, the sentence that declares an answer final, or else what a finished text ends with.
-    if answer is None and (m := FINAL.match(text[-20_000:])):
-        answer = m[1].strip(" $*")
     if answer is None:
-        tail = text[-1500:]
-        tail = COMPUTED.sub("", MONEY.sub("", tail[:CLOSING.search(tail).start()]))
-        # A text that ends in mid-sentence or mid-formula may have been cut off, and what it ends with is a number in
-        # passing: a short one must say that this is its answer.
+        tail = COMPUTED.sub("", MONEY.sub("", text[-1500:].rstrip(" \n.")))
+        # A text that ends in mid-sentence may have been cut off: a short one must say that this is its answer.
         if ended or re.search(r"(?:[.!*$>€²]|\\[)\]]|\([A-J]\))$", text):
             answer = first_of(STATED, tail) or concluding(tail) or first_of(ENDS, tail)
         elif len(text) < 150:
@@ -211,23 +204,12 @@ for dimension, row in {
 }.items():
     for pair in row.split():
         name, size = pair.split("=")
-        UNITS[name] = dimension, Fraction(size)
-        UNITS.setdefault(name + "s", UNITS[name])
-FUNC = ("arcsin|arccos|arctan|arccot|arcsec|arccsc|asin|acos|atan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|"
-        "sqrt|abs|cis|frac|binom|floor|ceil")
+        UNITS[name] = UNITS[name + "s"] = dimension, Fraction(size)
+FUNC = "(?:sin|cos|tan)h|(?:a|arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln|lg|exp|sqrt|abs|cis|frac|binom|floor|ceil"
 OPERATORS = "det|gcd|lcm|tr|rank"
-NAMED = ("alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|"
-         "psi|omega|Gamma|Delta|Theta|Lambda|Pi|Sigma|Phi|Psi|Omega|hbar|ell|odot|mho|pi|infty|emptyset|varnothing|"
-         "R|Z|N|Q|C|ldots|dots|cdots|max|min")
+NAMED = ("alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda|mu|nu|xi|rho|[sS]igma|tau|chi|"
+         "(?:var)?phi|Phi|[pP]si|[oO]mega|hbar|ell|odot|[pP]i|infty|emptyset|varnothing|R|Z|N|Q|C|[lc]?dots|max|min")
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
-
-
-def unit(word: str) -> tuple[str, Fraction]:
-    """(dimension, size) of a unit word or its plural; a label is a dimension of its own."""
-    label = "label " + word.lower().removesuffix("s"), Fraction(1)
-    return UNITS.get(word) or UNITS.get(word.lower()) or label
-
-
 COMMANDS = (
     "×times ·cdot ∙cdot ⋅cdot √sqrt πpi ∞infty °degree ºdegree ≤le ≥ge ⩽le ⩾ge ≠ne ±pm ∓mp ∪cup ∩cap ∈in ℝR ℤZ "
     "∅emptyset ≈approx ½frac12 ¼frac14 ¾frac34 ⅓frac13 ⅔frac23 ⟨langle ⟩rangle ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil "
@@ -238,6 +220,13 @@ UNICODE = str.maketrans(
     | {pair[0]: rf"\{pair[1:]} " for pair in COMMANDS.split()})
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
+NUMERALS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+
+
+def unit(word: str) -> tuple[str, Fraction]:
+    """(dimension, size) of a unit word or its plural; a label is a dimension of its own."""
+    label = "label " + word.lower().removesuffix("s"), Fraction(1)
+    return UNITS.get(word) or UNITS.get(word.lower()) or label
 
 
 def joined(text: str) -> str:
@@ -252,12 +241,10 @@ def said(m: re.Match) -> str:
     if re.fullmatch(rf"{FUNC}|{OPERATORS}", text):    # \operatorname{lcm}
         return rf" \{text} "
     # \text{A. } 15 and \text{C) It doubles} keep their marks, \text{A and C} its letters
-    if re.match(r"\s*\(?[A-J][.):]|\s*\(?[A-J]\b\)?(?:(?:,| and| or|, and) *\(?[A-J]\b\)?)+\s*$", m[1]):
-        return m[1]
-    if re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text):
-        return f" {text} "
-    words = re.sub(r"(?<![^\W\d_])(?!(?:and|or)\b)[^\W\d_]+", r"@\g<0>", text.strip("()"))
-    return f" {words} "
+    if re.match(r"\s*\(?[A-J][.):]|\s*\(?[A-J]\b\)?(?:(?:,| and| or|, and) *\(?[A-J]\b\)?)+\s*$", m[1]) or re.search(
+            r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text):
+        return f" {m[1]} "
+    return " " + re.sub(r"(?<![^\W\d_])(?!(?:and|or)\b)[^\W\d_]+", r"@\g<0>", text.strip("()")) + " "
 
 
 def rows(m: re.Match) -> str:
@@ -265,9 +252,6 @@ def rows(m: re.Match) -> str:
     cells = re.sub(r"(?:\\\\|\s)+$", "", joined(m[1]))    # without \\ behind the last row
     lines = [line.replace("&", ",") for line in cells.split(r"\\")]
     return r"\langle " + ",".join(rf"\langle {x} \rangle" if "," in x else x for x in lines) + r" \rangle "
-
-
-NUMERALS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 
 
 def in_base(m: re.Match) -> str:
@@ -287,10 +271,9 @@ def unit_behind(m: re.Match) -> str:
 
 
 # One spelling per construct, by these rules in this order: pattern ⟶ replacement or function. A word is marked with @,
-# so that its letters are no product. A line that begins with spaces goes on with the one above.
+# so that its letters are no product. && stands between short rules, a line behind spaces goes on with the one above.
 RULES = r"""
-[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+ ⟶ raised()
-(?<=[\d.])\\(?:overline|dot)\s*\{(\d+)\} ⟶ ~\1
+[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+ ⟶ raised() && (?<=[\d.])\\(?:overline|dot)\s*\{(\d+)\} ⟶ ~\1
 \\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.? ⟶ " "
 (?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d)) ⟶ ""
 (?<!\\)\\[,;:!>~ \n]|\\(?:hspace|(?:text)?color) ?\{[^{}]*\}|\\q?quad|(?<!\\)(?:\$|~(?!\d))|\\[()\[\]]|(?:\bm ?)?
@@ -300,50 +283,36 @@ RULES = r"""
 \\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\} ⟶ said()
 \\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\} ⟶ rows()
 ^ *\\(?:i*int|lim|sum|prod)(?![a-zA-Z]).*=(?=[^=]*$) ⟶ ""
-\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\} ⟶ \\frac{\1}{\2}
-\\[dtc](frac|binom)(?![a-zA-Z]) ⟶ \\\1
-\\(frac|binom)\s*(\d) ⟶ \\\1{\2}
-(?<![a-zA-Z\\@])C ?\( ?([^(),]+) ?, ?([^(),]+) ?\) ⟶ \\binom{\1}{\2}
+\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\} ⟶ \\frac{\1}{\2} && \\[dtc](frac|binom)(?![a-zA-Z]) ⟶ \\\1
+\\(frac|binom)\s*(\d) ⟶ \\\1{\2} && (?<![a-zA-Z\\@])C ?\( ?([^(),]+) ?, ?([^(),]+) ?\) ⟶ \\binom{\1}{\2}
 (?:\{ ?\}|^|(?<=[-+*/=(,])) ?[_^] ?(?:\{([^{}]+)\}|(\w)) ?C ?_ ?(?:\{([^{}]+)\}|(\w)) ⟶ \\binom{\1\2}{\3\4}
 (?<![a-zA-Z\\@])C ?_ ?(?:\{([a-zA-Z][^{}]*|\d\d+|[3-9])\}|([a-zA-Z3-9])) ?\^ ?(?:\{([^{}]+)\}|(\w)
     ) ⟶ \\binom{\1\2}{\3\4}
 (?<![\w.^/])(\d+) (\d+)/(\d+) ⟶ \1\\frac{\2}{\3}
 \^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree ⟶ "@degree "
-@degrees? *@?([CF])(?:elsius|ahrenheit)?(?![a-zA-Z]) ⟶ " @temperature\1 "
-\\?% ⟶ "@percent "
+@degrees? *@?([CF])(?:elsius|ahrenheit)?(?![a-zA-Z]) ⟶ " @temperature\1 " && \\?% ⟶ "@percent "
 (?i:(?:@?the *)?@?\b(?:(first|1st)|(second|2nd)|(third|3rd)|(fourth|4th)) *@?quadrant\b|@?quadrant *@?(?:(1|I)|(2|II)
     |(3|III)|(4|IV))\b) ⟶ quadrant()
-\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1
-\\prime\s* ⟶ '
-\\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
-\\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1'
-\s+ ⟶ " "
+\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
+\\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
 ^ ?@?(?:[Nn]o|[Tt]here @are @no)(?: @?real)?(?: @?integer)? @?solutions? ?\.?$ ⟶ "\\emptyset "
-(?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
-^ *\\approx ⟶ ""
+(?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0> && ^ *\\approx ⟶ ""
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
-(?<=\d)\s*[xX]\s*(?=10\s*\^) ⟶ "\\times "
-(?<![\d.])(\d[\d.]*)[eE]([-+]?\d+) ⟶ (\1*10^{\2})
-\.\.\.+ ⟶ "\\ldots "
-(\.\d{0,12}?)(\d{1,6}?)\2{1,20} ?\\[lc]?dots(?! ?,) ⟶ \1~\2
+(?<=\d)\s*[xX]\s*(?=10\s*\^) ⟶ "\\times " && (?<![\d.])(\d[\d.]*)[eE]([-+]?\d+) ⟶ (\1*10^{\2})
+\.\.\.+ ⟶ "\\ldots " && (\.\d{0,12}?)(\d{1,6}?)\2{1,20} ?\\[lc]?dots(?! ?,) ⟶ \1~\2
 \( ?(?:or|\\approx|@?about|@?approximately)\b([^()]*)\) ⟶ " or \1"
 [,;]?\s*\( ?([kmn]) ?\\in *\{? *\\?([ZN]) *\}? *\)(?=[\s.}]*$) ⟶ ", \1 \\in \\\2 "
 ,? *@?\b(?:where|with|for)\b(?: *@?(?:any|all|every|some|an|each))* *(?:@?integers? +([kmn])\b
     |([kmn]) +@?is +@?an +@?integer|([kmn]) *\\in *\{? *\\?Z *\}?) ⟶ ", \1\2\3 \\in \\Z "
-(?<=\d) ?@?([apAP])(?:\.* ?@?[mM]|(?<=:\d\d.))\b\.* ⟶ " @\1m"
-@?\bmph\b ⟶ @miles/@hour
-\\\$ ⟶ "@dollar "
+(?<=\d) ?@?([apAP])(?:\.* ?@?[mM]|(?<=:\d\d.))\b\.* ⟶ " @\1m" && @?\bmph\b ⟶ @miles/@hour && \\\$ ⟶ "@dollar "
 ([\d)}%] ?|\\pi ?|@[a-zA-Z]+(?:\^\{?-?\d\}?)?(?: ?/ ?| ))(?!(?:and|or)\b)([a-zA-Z]{2,})(?![a-zA-Z(]) ⟶ unit_behind()
-\ ?@per\b ?|(?<=[a-z]) per (?=[@a-z]) ⟶ /
-@?\b(?:square|sq)\b\.? *@?([a-z]+) ⟶ " @\1^2"
-(@[a-zA-Z]+ ?/ ?)([a-zA-Z]+) ⟶ \1@\2
-(?<![\\@a-zA-Z])and(?![a-zA-Z]) ⟶ " , "
+\ ?@per\b ?|(?<=[a-z]) per (?=[@a-z]) ⟶ / && @?\b(?:square|sq)\b\.? *@?([a-z]+) ⟶ " @\1^2"
+(@[a-zA-Z]+ ?/ ?)([a-zA-Z]+) ⟶ \1@\2 && (?<![\\@a-zA-Z])and(?![a-zA-Z]) ⟶ " , "
 (?:, *)*(?<![\\@a-zA-Z])or(?![a-zA-Z])(?: *,)* ⟶ " \\or "
 (?:^|(?<=[,(={])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:<FUNC>|infinity|inf)\b)(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))
     |[a-zA-Z]{2,}(?: +[a-zA-Z]+)+) ⟶ marked()
-([,;])(?: *[,;])+ ⟶ \1
-^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
+([,;])(?: *[,;])+ ⟶ \1 && ^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
 """
 PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS])}
 CHANGES = {f"{f.__name__}()": f for f in (said, rows, in_base, unit_behind)}
@@ -351,10 +320,9 @@ CHANGES["marked()"] = lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])
 CHANGES["quadrant()"] = lambda m: " @" + ("IV", "I", "II", "III")[m.lastindex % 4]
 CHANGES["raised()"] = lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"
 REWRITES = []
-for rule in re.sub(r"\n +", "", RULES.strip()).split("\n"):
+for rule in re.sub(r"\n +", "", RULES.strip()).replace(" && ", "\n").split("\n"):
     pattern, new = rule.split(" ⟶ ")
-    for place, words in PLACES.items():
-        pattern = pattern.replace(place, words)
+    pattern = re.sub("<[A-Z]+>", lambda m: PLACES[m[0]], pattern)
     REWRITES.append((re.compile(pattern, re.S), CHANGES.get(new, new.strip('"'))))
 
 
@@ -370,12 +338,11 @@ def clean(text: str) -> str:
     return text.rstrip(" .,;*`\"\\").lstrip(" ,;*`\"")
 
 
-# ------------------------------------------------------------------ trees
+# ------------------------------------------------------------------ parsing
 
 
 class Node(NamedTuple):
     """One node of the tree of an answer.
-
     kind: num, sym, word, call, + * / ^, rel (a relation, or a chain of them), seq (a list, pair, set or interval),
     ∪ ∩ ∖, such (a set with its condition).
     text: the name of a sym, word or call (?f is a function that is not known); the signs of a rel, one character each;
@@ -409,7 +376,7 @@ class Node(NamedTuple):
         return [n for n in self.walk() if n.ulp]
 
     def unknown(self) -> bool:
-        """Whether this calls a function that is not known, as in f(x)."""
+        """Whether this is f(x), of a function that is not known."""
         return self.kind == "call" and self.text[0] == "?"
 
     def restricts(self) -> bool:
@@ -431,30 +398,23 @@ def extend(left: Node, right: Node, text: str = "") -> Node:
     return left._replace(text=text, parts=parts, size=left.size + right.size, depth=depth)
 
 
-def exact(x) -> Node:
-    """A number that carries no rounding."""
-    return Node("num", value=Fraction(x))
-
-
 def names(*trees: Node) -> set[str]:
-    r"""The free symbols: everything that gets a sample value."""
+    """The free symbols: everything that gets a sample value."""
     return {n.text for t in trees for n in t.walk() if n.kind == "sym"} - {"pi", "e", "i", "infty", "R", "emptyset"}
 
-
-# ------------------------------------------------------------------ parsing
 
 # The vocabulary: all spellings of a token, the levels of the binary operators (loosest first), the brackets.
 SPELLED = {";": ","}
 for row in (
         r"= == := \equiv \approx; < \lt; ≤ <= \le \leq \leqslant; > \gt; ≥ >= \ge \geq \geqslant; ≠ != \ne \neq; "
-        r"∈ \in; ∪ \cup; ∩ \cap; ∖ \setminus \backslash; * \cdot \times \ast; / \div; ^ **; "
-        r"| \lvert \rvert \mid \vert \|; [ \lbrack; ] \rbrack; , \, and \land; or \or \lor; infty infinity inf oo; "
-        "emptyset varnothing; ldots dots cdots").split("; "):
+        r"∈ \in; ∪ \cup; ∩ \cap; ∖ \setminus \backslash; * \cdot \times \ast; / \div; | \lvert \rvert \mid \vert \|; "
+        r"^ **; , \, and \land; or \or \lor; infty infinity inf oo; emptyset varnothing; ldots dots cdots").split("; "):
     SPELLED |= dict.fromkeys(row.split(), row.split()[0])
 LEVELS = {op: level for level, row in enumerate((
     ", or", "= < ≤ > ≥ ≠ ∈ :", "∪ ∩ ∖", "+ -", "* /")) for op in row.split()}
 PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|",
          r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}    # (0, 1] is an interval
+ORDER = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge, "≠": operator.ne}
 CALLED = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 LIST, SET = ("", "or"), r"\{\}"    # the text of a list without brackets, and of a set
 SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])|\+/-")
@@ -462,15 +422,13 @@ SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])|\+/-")
 # single number or letter, f always is: x(3), f(t + 1) and \theta(t) are calls; n(n-1) and a(b) are products.
 SUFFIX = r"(?:\ ?_\ ?(?:\{[^{}]*\}|[^\W_])|')"
 TOKEN = re.compile(rf"""\s*(?:
-    (?P<num>(?:\d+\.?\d*|\.\d+)(?:~\d+)?)
-  | @(?P<word>[^\W\d_]+)
+    (?P<num>(?:\d+\.?\d*|\.\d+)(?:~\d+)?) | @(?P<word>[^\W\d_]+)
   | (?P<func>\\(?:{FUNC}|{OPERATORS})(?![a-zA-Z])|{FUNC})
   | (?P<op>[<>!=:]=|\*\*)
   | (?P<call>[fgh](?=\ ?\()|(?:[FGHPQWpquyvxIT]|[a-zA-Z]{SUFFIX}|\\(?!pi)(?:{NAMED})){SUFFIX}*
         (?=\ ?\(\ ?(?:[\d.]+|\\?[a-zA-Z]+)\ ?\)))
   | (?P<name>(?:\\(?:{NAMED})(?![a-zA-Z])|pi|(?<![a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])|[^\W\d_]){SUFFIX}*)
-  | (?P<cmd>\\[a-zA-Z]+|\\.)
-  | (?P<sign>\S))""", re.X)
+  | (?P<cmd>\\[a-zA-Z]+|\\.) | (?P<sign>\S))""", re.X)
 
 
 def number(text: str) -> Node:
@@ -485,10 +443,9 @@ def number(text: str) -> Node:
 
 
 def signed(sign: str, node: Node) -> Node:
-    """A term behind a sign."""
     if sign == "+":
         return node
-    return node._replace(value=-node.value) if node.kind == "num" else tree("*", "", exact(-1), node)
+    return node._replace(value=-node.value) if node.kind == "num" else tree("*", "", number("-1"), node)
 
 
 def chain(op: str, left: Node, right: Node) -> Node:
@@ -517,13 +474,13 @@ class Parser:
         self.tokens, self.i, self.depth, self.bars = [], 0, 0, False
         for m in TOKEN.finditer(text):
             kind, t = m.lastgroup, m[m.lastgroup]
-            t = re.sub(r"[\\{} ]", "", t) if kind in ("name", "call", "func") else t
+            t = re.sub(r"[\\{} ]|(?<=a)rc", "", t) if kind in ("name", "call", "func") else t
             self.tokens.append((kind, t if kind == "word" else SPELLED.get(t, t)))
         self.tokens.append(("end", ""))
         self.kind, self.next = self.tokens[0]
 
     def take(self, wanted: str = "") -> str:
-        """The next token, which must be one of the wanted ones where any are named."""
+        """The next token, which must be one of the wanted ones if any are named."""
         t = self.next
         if not t or wanted and t not in wanted.split():
             raise Unparsed(f"expected {wanted or 'more'} but found {t or 'the end'}")
@@ -555,15 +512,13 @@ class Parser:
 
     def powers(self) -> Node:
         """An atom with its signs and with what binds to it from behind: -2^10, n!."""
-        signs = []
+        sign = "+"
         while self.next in ("-", "+"):
-            signs.append(self.take())
+            sign = "-" if sign != self.take() else "+"
         left = self.atom()
         while self.next in ("^", "!"):
             left = tree("^", "", left, self.argument()) if self.take() == "^" else tree("call", "!", left)
-        for sign in reversed(signs):
-            left = signed(sign, left)
-        return left
+        return signed(sign, left)
 
     def argument(self) -> Node:
         """What ^ or a command takes: {...}, or one token; 2^10 takes the whole number."""
@@ -580,11 +535,8 @@ class Parser:
             node = number(t)
         elif kind == "name":
             node = Node("sym", t)
-        elif kind == "call":
-            inner = self.atom()
-            node = tree("call", "?" + t, *(inner.parts if inner.kind == "seq" else [inner]))
-        elif kind == "func":
-            node = self.function(t)
+        elif kind in ("func", "call"):
+            node = self.function(t, kind == "call" or t in OPERATORS.split("|"))
         elif t in PAIRS:
             node = self.bracket(t)
         else:
@@ -597,8 +549,9 @@ class Parser:
         self.depth -= 1
         return node
 
-    def function(self, name: str) -> Node:
-        r"""\frac12, \sin^2 x, \log_2 8, \sqrt[3]{x}, \sin 2\pi t: in brackets or a product."""
+    def function(self, name: str, opaque: bool) -> Node:
+        r"""\frac12, \sin^2 x, \log_2 8, \sqrt[3]{x}, \sin 2\pi t: in brackets or a product. f(x), \det B and \gcd(4, 6)
+        are opaque: names of what follows "="."""
         extra = {}
         while self.next in ("^", "_") or self.next == "[" and name == "sqrt":
             key = self.take() if self.next != "[" else "_"
@@ -613,10 +566,9 @@ class Parser:
             inner = self.expression(5)
             while self.starts_factor() and (self.kind not in ("func", "word") or self.next == "degree"):
                 inner = chain("*", inner, self.powers())
-        if name in OPERATORS.split("|"):    # \det B and \gcd(4, 6) are names of what follows "="
+        if opaque:
             return tree("call", "?" + name, *(inner.parts if inner.kind == "seq" else [inner]))
-        name = name.replace("arc", "a")
-        name, power = ("a" + name, None) if power == exact(-1) else (name, power)
+        name, power = ("a" + name, None) if power and power.value == -1 else (name, power)
         node = tree("call", name, inner, low) if low else tree("call", name, inner)
         return tree("^", "", node, power) if power else node
 
@@ -624,34 +576,32 @@ class Parser:
         """(...), [...], {...}, \\{...\\}, |...|, or an interval such as (0, 1]. The kind of bracket stays in the tree,
         because (1, 2), [1, 2] and \\{1, 2\\} are three different answers; (x) and {x} are just x."""
         bars, self.bars = self.bars, opened in (r"\{", "|")    # inside a set a bar or colon separates the condition
-        inner = self.expression()
+        inner, condition = self.expression(), None
         if opened == r"\{" and self.next in ("|", ":"):
             self.take()
             self.bars = bars
             condition = self.expression()
-            self.take(PAIRS[opened])
+        self.bars = bars
+        close = self.take(PAIRS[opened])
+        if condition:
             # {k pi | k in Z} is the same family as "k pi, k in Z"
             family = condition.restricts() and inner.kind not in ("sym", "rel")
             if condition.kind == "seq" and condition.parts[0].text == "=" and condition.parts[0].parts[0] == inner:
                 return condition    # {x | x = k pi, k in Z}
             return tree("seq" if family else "such", "", inner, condition)
-        self.bars = bars
-        close = self.take(PAIRS[opened])
         if opened in CALLED:
             return tree("call", CALLED[opened], inner)
         bare = inner.kind == "seq" and inner.text in LIST
-        if opened == "{" or not bare and opened + close in ("()", "[]"):
-            return inner
-        if bare and inner.text and opened == "(":    # (x < 1 or x > 2)
+        joined_by_or = opened == "(" and bare and inner.text    # (x < 1 or x > 2)
+        if opened == "{" or joined_by_or or not bare and opened + close in ("()", "[]"):
             return inner
         return tree("seq", "()" if opened == r"\langle" else opened + close, *(inner.parts if bare else [inner]))
 
 
 @functools.lru_cache(maxsize=16)
 def parse(text: str) -> Node:
-    r"""The tree of a cleaned text; with \pm the set of the trees for both signs of each. It is remembered for the
-    responses to one problem, which follow each other. Errors: Unparsed when it is not in the grammar, Budget when over
-    the limits."""
+    r"""The tree of a cleaned text, with \pm the set of the trees for both signs of each; remembered for the responses
+    to one problem, which follow each other. Errors: Unparsed when it is not in the grammar, Budget over the limits."""
     texts = [text]
     while SIGN.search(texts[0]):
         texts = [SIGN.sub(sign, t, count=1) for t in texts for sign in "+-"]
@@ -670,13 +620,8 @@ def parse(text: str) -> Node:
 
 # ------------------------------------------------------------------ values
 
-# What each thread has of its own: an mpmath context (mpmath comes with sympy), because a context holds its precision
-# as state while it computes, and the work spent on the verdict at hand.
-LOCAL = threading.local()
-
 
 def real():
-    """This thread's mpmath context."""
     if not hasattr(LOCAL, "mp"):
         from mpmath.ctx_mp import MPContext
         LOCAL.mp = MPContext()
@@ -692,7 +637,6 @@ def spend(cost: int) -> None:
 
 
 def bits(*numbers) -> int:
-    """How long the fractions among these numbers are."""
     return sum(max(abs(x.numerator), x.denominator).bit_length() for x in numbers if isinstance(x, Fraction))
 
 
@@ -727,7 +671,6 @@ def add(a, b):
 
 def power(a, b):
     """a ** b. The exponent is bounded before anything is computed: 9^{9^{9^9}} must cost nothing."""
-    spend(10)
     m = real()
     if not a:    # 0^0 and 0^{-1} have no value
         return a if m.re(b) > 0 else m.zero / m.zero
@@ -739,7 +682,7 @@ def power(a, b):
 
 
 def combine(kind: str, a, b):
-    """a + b, a b, a/b or a^b, charged by the length of the fractions."""
+    """a + b, a b, a/b or a^b, charged by the length of its fractions before it is computed."""
     spend(1 + bits(a, b) // 400)
     if kind == "+":
         return add(a, b)
@@ -751,7 +694,6 @@ def combine(kind: str, a, b):
 def call(name: str, x: list):
     """A function of values, each within the range where it costs microseconds."""
     m, a = real(), x[0]
-    spend(10)
     if name[0] == "?":    # an unknown function is any fixed one, other for each name and each order of the arguments
         h = zlib.crc32(name.encode())
         terms = [(i + 2) * (v**3 + h % 97 * v) for i, v in enumerate(x)]
@@ -780,7 +722,7 @@ def value(node: Node, at):
     """The value of a tree, a Fraction or an mpmath number, where at(name) is the value of a symbol.
     Errors: Unparsed where there is no value, Budget over the limits."""
     kind, m = node.kind, real()
-    spend(1)
+    spend(10 if kind in ("call", "^") else 1)
     if kind == "num":
         return node.value
     if kind == "sym":
@@ -806,39 +748,21 @@ def value(node: Node, at):
         raise Unparsed(f"no value: {why}") from why
 
 
-# ------------------------------------------------------------------ comparison of expressions
+# ------------------------------------------------------------------ comparison
 
 
 def precision(node: Node) -> tuple:
     """(relative unit in the last place, digits, whether measured) of -2.68, 5.0 cm or 4.5 \\times 10^{33}, where one
-    literal carries the precision; (0, 0, False) for anything else. It shows that it was measured by a power of ten, by
-    a unit of measurement, or by four or more digits that no fraction with a denominator below 50 has."""
+    literal carries the precision; (0, 0, False) for anything else. A short fraction has a denominator below 50."""
     inexact = node.decimals()
     if len(inexact) != 1 or not inexact[0].value or node.kinds() - {"num", "word", "*", "/", "^"}:
         return 0, 0, False
     literal, fraction = inexact[0], inexact[0].value.denominator
     digits = len(str(int(abs(literal.value / literal.ulp))))
     words = {unit(n.text)[0].split(" ")[0] for n in node.walk() if n.kind == "word"}
-    physical = fraction > 1 and words - {"", "$", "label"}
-    scientific = any(n.kind == "^" and n.parts[0] == exact(10) for n in node.walk())
-    measured = scientific or physical or digits > 3 and fraction >= 50
+    scientific = any(n.kind == "^" and n.parts[0].value == 10 for n in node.walk())
+    measured = scientific or fraction > 1 and words - {"", "$", "label"} or digits > 3 and fraction >= 50
     return real().convert(abs(literal.ulp / literal.value)), digits, measured
-
-
-def same_number(x, y, gold: Node, answer: Node) -> bool:
-    """Whether the values x of gold and y of answer are the same under the precision rule of the module docstring."""
-    m = real()
-    if m.isinf(x) or m.isinf(y):    # no large number is infinite enough
-        return x == y
-    d = add(x, -y)
-    if not d or not x or not y:    # 0 has no relative error: only 0 is the same
-        return not d
-    last_place, digits, _ = precision(answer)
-    gold_place, _, measured = precision(gold)
-    margin = m.ldexp(1, -60)    # half of a measured last place is right, a whole last place of an answer is too far
-    if measured and abs(m.convert(d) / x) <= gold_place / 2 * (1 + margin):
-        return True
-    return digits >= 6 and bool(abs(m.convert(d) / y) < last_place * (1 - margin))
 
 
 def values(trees: list[Node], points: int, fixed=()):
@@ -860,22 +784,30 @@ def values(trees: list[Node], points: int, fixed=()):
 
 
 def same_values(gold: Node, answer: Node) -> bool:
-    """Whether the values are the same at every sample point, of which there must be one: 1/0 is the same as nothing."""
-    found = False
+    """Whether the values are the same at every sample point, under rule 4 of the module docstring; there must be one,
+    1/0 is the same as nothing."""
+    m, found = real(), False
+    last_place, digits, _ = precision(answer)
+    gold_place, _, measured = precision(gold)
+    margin = m.ldexp(1, -60)    # half of a measured last place is right, a whole last place of an answer is too far
     for x, y in values([gold, answer], 6 if names(gold, answer) or "word" in gold.kinds() else 1):
         # sqrt(1/n) and 1/sqrt(n) differ only where they leave the reals, which is not their domain
-        if found and (real().im(x) or real().im(y)):
+        if found and (m.im(x) or m.im(y)):
             continue
-        if not same_number(x, y, gold, answer):
+        found, same = True, x == y
+        if not (m.isinf(x) or m.isinf(y)):    # no large number is infinite enough
+            d = abs(m.convert(add(x, -y)))
+            rounds = measured and d <= abs(x) * gold_place / 2 * (1 + margin)
+            same = not d or x and y and (rounds or digits >= 6 and d < abs(y) * last_place * (1 - margin))
+        if not same:
             return False
-        found = True
     return found
 
 
 def same_expression(gold: Node, answer: Node) -> bool:
     """Comparison by value. A unit that only one side writes is ignored: cm after a gold without cm. Percent and degree
-    have plain sizes, so there the other side may also have converted: 28% and 0.28. If both sides have units they
-    must have one dimension and size, which the sample value of each dimension sees to."""
+    have plain sizes, there the other side may also have converted: 28% and 0.28. Units on both sides must be the same
+    in dimension and size, which the sample value of each dimension sees to."""
     # Letters behind a number are units in 5 m, 9.8 m/s^2 where the gold has no letters.
     first = next(n for n in answer.walk() if not n.parts)
     if answer.kind in ("*", "/") and not names(first) and not names(gold):
@@ -884,7 +816,7 @@ def same_expression(gold: Node, answer: Node) -> bool:
         return True
     # without the units, but inside a function a degree is always a degree: sin 30^\circ
     def without(n: Node) -> Node | None:
-        return exact(1) if n.kind == "word" else n if n.kind == "call" else None
+        return number("1") if n.kind == "word" else n if n.kind == "call" else None
     plain = gold.swap(without), answer.swap(without)
     return ("word" in gold.kinds()) != ("word" in answer.kinds()) and same_values(*plain)
 
@@ -900,13 +832,6 @@ def same_equation(f: Node, g: Node) -> bool:
         return False
     ratios = [real().convert(x) / y for x, y in rows]
     return not any(add(ratio, -ratios[0]) for ratio in ratios)
-
-
-# ------------------------------------------------------------------ comparison of sets of reals
-
-# Two sets are the same if the same sample numbers belong to both. No inequality needs to be solved for that: whatever
-# end one side writes down is among the samples, with neighbours so near that any other end shows.
-ORDER = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge, "≠": operator.ne}
 
 
 def is_set(node: Node) -> bool:
@@ -933,8 +858,6 @@ def inside(node: Node, x) -> bool:
     """Whether the number x belongs to the set that a tree stands for. Errors: Unparsed when it is none."""
     kind, text, parts = node.kind, node.text, node.parts
     spend(1)
-    if kind == "rel" and text == "∈":
-        return inside(parts[1], x)
     if kind == "rel" and text == "=" and parts[0].kind == "sym" and not names(parts[1]):
         return not add(x, -value(parts[1], sample))
     if kind == "rel" and set(text) <= ORDER.keys() and names(node) and not node.kinds() & {"word", "seq"}:
@@ -945,7 +868,8 @@ def inside(node: Node, x) -> bool:
         except (Unparsed, TypeError):    # 1/x has no value at 0, \sqrt{x} no order below it
             return False
     # {2x | x > 1} and {x in Z | x > 1} are other sets than their condition
-    if kind == "such" and (parts[0].kind == "sym" or parts[0].text == "∈" and parts[0].parts[1].text == "R"):
+    such = kind == "such" and (parts[0].kind == "sym" or parts[0].text == "∈" and parts[0].parts[1].text == "R")
+    if such or kind == "rel" and text == "∈":
         return inside(parts[1], x)
     if kind in ("∪", "∩", "∖"):
         a, b = inside(parts[0], x), inside(parts[1], x)
@@ -966,9 +890,9 @@ def inside(node: Node, x) -> bool:
 
 
 def same_set(*sets: Node) -> bool:
-    """Whether two sets of reals, in at most one unknown each, have the same elements: at every number that is written
-    in them and its negative, very near to these, half way between, and at fixed other points. No end that either side
-    writes can hide a difference."""
+    """Whether two sets of reals in one unknown have the same elements: at every number that is written in them and its
+    negative, very near to these, half way between, and at fixed other points. No inequality needs to be solved for
+    that: whatever end one side writes is among these, with neighbours so near that any other end shows."""
     # in "-80 <= g(x) <= 82" the unknown is g(x)
     sets = [t.swap(lambda n: Node("sym", n.text) if n.unknown() and names(n) else None) for t in sets]
     m, spots = real(), {real().mpf(0)}
@@ -988,15 +912,12 @@ def same_set(*sets: Node) -> bool:
         return False
 
 
-# ------------------------------------------------------------------ comparison of answers
-
-
 def named(node: Node, loose: bool = False) -> bool:
     r"""Whether the left side of an equation only says what the right side is: x, f(x), (x, y), AB, |AB|, V_1/V_2; not
     11a + c, 2x. loose: also B^{-1}, and x + y, g^{-1}(t) or whatever else has two letters; not 2x, x^2."""
     if node.kind == "word" or node.unknown():
         return True
-    if node.kind == "^" and node.parts[1] == exact(-1) and node.parts[0].text.isupper():
+    if node.kind == "^" and node.parts[1].value == -1 and node.parts[0].text.isupper():
         return loose
     letters, plain = names(node), node.kinds() <= {"sym", "seq", "call", "*", "/"}
     functions = any(n.kind == "call" and n.text != "abs" and not n.unknown() for n in node.walk())
@@ -1006,7 +927,7 @@ def named(node: Node, loose: bool = False) -> bool:
 def unnamed(node: Node, gold: Node | None = None) -> Node:
     r"""x = 3, x \in S and x = 1 + 2 = 3 without the name, 1:2 as a fraction. With a gold that is a right side more is a
     name, x + y = 7 for 7; but 0 is the right side of any equation, 2x - y + 4 = 0."""
-    loose = gold is not None and gold.kind != "rel" and gold != exact(0)
+    loose = gold is not None and gold.kind != "rel" and gold.value != 0
     if node.kind == "rel" and node.text == "∈":
         return node.parts[1]
     if node.kind == "rel" and "=" in node.text and set(node.text) <= {"=", ":"}:
@@ -1016,10 +937,7 @@ def unnamed(node: Node, gold: Node | None = None) -> Node:
         if len(node.text) > 1 or computed or named(left, loose):
             cut = node.text.rindex("=") + 1
             node = node._replace(text=node.text[cut:], parts=node.parts[cut:]) if node.text[cut:] else right
-    if node.kind == "rel" and set(node.text) == {":"}:
-        shares = [tree("/", "", node.parts[0], part) for part in node.parts[1:]]
-        return tree("seq", "()", *shares) if len(shares) > 1 else shares[0]
-    return node
+    return tree("/", "", *node.parts) if node.kind == "rel" and node.text == ":" else node
 
 
 def forms(answer: Node) -> list[Node]:
@@ -1076,21 +994,21 @@ def same_answer(gold: Node, answer: Node) -> bool:
         return same or vector and x.kind != "rel" != y.kind and same_expression(x, y)
     if len(set(g)) == len(g):    # a solution found twice is one, but a gold with a double root wants it twice
         a = list(dict.fromkeys(a))
-    if len(g) == len(a) == 1:
-        return same_single(g[0], a[0])
     # As many different members on both sides, each with a partner of its own: a subset of the solutions, and a list of
     # guesses around the right one, both fail here.
-    for item in g if len(g) == len(a) else ():
+    if len(g) != len(a) or len(g) < 2:
+        return len(g) == len(a) == 1 and same_single(g[0], a[0])
+    for item in g:
         partner = next((n for n in a if same_answer(item, n)), None)
         if partner is None:
             return False
         a.remove(partner)
-    return not a
+    return True
 
 
 def same_single(gold: Node, answer: Node) -> bool:
     """Equations up to a factor, and chains of relations side by side in either direction; everything else by value."""
-    if not gold.kind == answer.kind == "rel" or ("=" in gold.text) != ("=" in answer.text) or ":" in gold.text:
+    if not gold.kind == answer.kind == "rel" or ("=" in gold.text) != ("=" in answer.text) or gold.text == ":":
         x, y = unnamed(gold), unnamed(answer, gold)
         return x.kind != "rel" != y.kind and same_expression(x, y)
     g, a = gold.parts, answer.parts
@@ -1116,8 +1034,7 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
     """The readings of two cleaned texts, of which one must be the same. A comma separates thousands or list items;
     "(C) 12" is a choice with its text; three dimensions are a list and not their product."""
     if DIMENSIONS.fullmatch(gold):
-        sides = [t.replace(r"\times", ",") for t in (gold, answer)]
-        return [tuple(sides)] if sides[0].count(",") == sides[1].count(",") else []
+        gold, answer = (text.replace(r"\times", ",") for text in (gold, answer))
     if re.search("@[ap]m", gold + answer):    # 4:30 p.m. is no ratio
         gold, answer = (re.sub(r":(?=\d\d)", ".", text) for text in (gold, answer))
     if "@temperature" not in gold:
@@ -1130,7 +1047,7 @@ def readings(gold: str, answer: str) -> list[tuple[str, str]]:
 
 
 def same_text(gold: str, answer: str) -> bool:
-    """Whether one reading of two cleaned texts is the same answer. Errors: Unparsed, Budget."""
+    """Whether one reading of two cleaned texts is the same answer."""
     g, a = parse(gold), parse(answer)
     if g.kind == a.kind == "rel":    # x for x(t) where the other side leaves the argument out
         letters = {"?" + name for name in names(g, a)}
@@ -1155,8 +1072,7 @@ def judge(gold: str, answer: str) -> str:
     if max(len(answer), len(gold)) > MAX_CHARS:
         return "budget"
     g, a = clean(gold), clean(answer)
-    # The same but for spaces, as two thirds of real verdicts are, and only then trees. "2 3" is not 23. A base that
-    # only the gold writes is one that the question has named, as it has named a unit.
+    # The same but for spaces, as two thirds of real verdicts are, and only then trees. "2 3" is not 23.
     spelled, based = (re.sub(r"(?<!\d) | (?!\d)", "", t) for t in (a, g))
     if spelled in (based, BASE.sub(r"\1", based)):
         return "correct" if a else "no_answer"
@@ -1222,8 +1138,7 @@ def main() -> None:
     parser.add_argument("file", help="one JSON object per line")
     parser.add_argument("--response-key", default="response", help="field of the model's text (%(default)s)")
     parser.add_argument("--gold-key", default="gold", help="field of the gold answer (%(default)s)")
-    parser.add_argument("--score-key", default="recorded_score",
-                        help="field of a recorded true/false to compare with, where a line has it (%(default)s)")
+    parser.add_argument("--score-key", default="recorded_score", help="field of a true/false to compare (%(default)s)")
     parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print N rows that are not correct")
     args = parser.parse_args()
     try:
@@ -1236,8 +1151,9 @@ def main() -> None:
     began = time.perf_counter()
     verdicts = [verify(response, gold=gold) for response, gold, _ in rows]
     seconds = time.perf_counter() - began
-    reasons = dict(collections.Counter(v.reason for v in verdicts))
-    print(f"{reasons.get('correct', 0)} of {len(rows)} correct, {seconds / len(rows) * 1e3:.2f} ms each, {reasons}")
+    reasons = [verdict.reason for verdict in verdicts]
+    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    print(f"{reasons.count('correct')} of {len(rows)} correct, {seconds / len(rows) * 1e3:.2f} ms each, {counts}")
     for (_, gold, score), verdict in zip(rows, verdicts):
         if score not in (None, verdict.correct):
             print(f"differs: {verdict.reason} here, {score} there; gold {gold!r}, answer {verdict.answer!r}")
