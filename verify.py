@@ -63,10 +63,9 @@ BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*)(?:\{|(?P<bare>[-+
 BETWEEN = re.compile(r"(?:[\s$,;:.&()\[\]\\{}]|quad|text|mbox|\b(?:and|or)\b|[A-Za-z]\w{0,3} *=)*"
                      r"|[^.\n\d=]*\b(?:and|or)\b[^.\n\d=]*")
 # A unit of measurement behind the box belongs to the answer: \boxed{3}\text{ cm} is not 3 m.
-BEHIND = re.compile(
-    r"(?:\s|\\[ ,;:!)\]]|[$~])*(\\?%|\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:square |cubic |sq\.? )?([A-Za-z]+)[^{}]*\}"
-    r"(?:\^\{?\d\}?)?|(?:square |cubic )?(?!in\b|min\b|mol\b|as\b|Pa\b)([a-zA-Z]{2,})(?:\^\{?\d\}?| per [a-z]+"
-    r"| ?/ ?[a-z]+)*)")
+BEHIND = re.compile(r"(?:\s|\\[ ,;:!)\]]|[$~])*(\\?%|\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:square |cubic |sq\.? )?"
+                    r"([A-Za-z]+)[^{}]*\}(?:\^\{?\d\}?)?|(?:square |cubic )?(?!(?:in|min|mol|as|Pa)\b)([a-zA-Z]{2,})"
+                    r"(?:\^\{?\d\}?| per [a-z]+| ?/ ?[a-z]+)*)")
 NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?:(?: */ *|:)\d+)?"
           r"(?: ?(?:\\?%|percent\b|pct\b|m²|[€£]))?")
 # Answers without a box at the end of a finished text: the first that parses of STATED, `concluding`, ENDS. Between the
@@ -82,7 +81,6 @@ ENDS = [re.compile(p, re.S | re.I) for p in (
     rf".*?({NUMBER})$",
     r"(?:.*[^\\])?(?P<formula>\$\$[^$]+|\$(?!\s*\n)(?:[^$\\]|\\.)+)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
     r".*\\(?:\[|\((?!\s*\n))(?P<formula>.+?)\\[)\]][^\d]{0,40}$",
-    r".*\(([A-J])\)\W*$",
     r"(?:.*\n)?(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*)$",                                      # the last line
     rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
 # The sign of money is no sign of a formula, and a computation says less than what it is equal to.
@@ -210,10 +208,9 @@ OPERATORS = "det|gcd|lcm|tr|rank"
 NAMED = ("alpha|beta|[gG]amma|[dD]elta|(?:var)?epsilon|zeta|eta|[tT]heta|kappa|[lL]ambda|mu|nu|xi|rho|[sS]igma|tau|chi|"
          "(?:var)?phi|Phi|[pP]si|[oO]mega|hbar|ell|odot|[pP]i|infty|emptyset|varnothing|R|Z|N|Q|C|[lc]?dots|max|min")
 PROSE = set("is are the if or but maybe probably answer than to so because then since therefore i we it".split())
-COMMANDS = (
-    "×times ·cdot ∙cdot ⋅cdot √sqrt πpi ∞infty °degree ºdegree ≤le ≥ge ⩽le ⩾ge ≠ne ±pm ∓mp ∪cup ∩cap ∈in ℝR ℤZ "
-    "∅emptyset ≈approx ½frac12 ¼frac14 ¾frac34 ⅓frac13 ⅔frac23 ⟨langle ⟩rangle ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil "
-    "…ldots αalpha βbeta γgamma δdelta θtheta λlambda μmu ωomega φphi σsigma τtau €text{euro} £text{pound}")
+COMMANDS = ("×times ·cdot ∙cdot ⋅cdot √sqrt πpi ∞infty °degree ºdegree ≤le ≥ge ⩽le ⩾ge ≠ne ±pm ∓mp ∪cup ∩cap ∈in ℝR ℤZ "
+            "∅emptyset ≈approx ½frac12 ¼frac14 ¾frac34 ⅓frac13 ⅔frac23 ⟨langle ⟩rangle ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil "
+            "…ldots αalpha βbeta γgamma δdelta θtheta λlambda μmu ωomega φphi σsigma τtau €text{euro} £text{pound}")
 UNICODE = str.maketrans(
     dict(zip("−–‑⁄÷′’‘，（）：；", "---//" + "'" * 3 + ",():;")) | {"\u200b": "", "\ufeff": "", "\u2061": ""}
     | {code: chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}    # full-width digits and letters
@@ -410,8 +407,7 @@ for row in (
         r"∈ \in; ∪ \cup; ∩ \cap; ∖ \setminus \backslash; * \cdot \times \ast; / \div; | \lvert \rvert \mid \vert \|; "
         r"^ **; , \, and \land; or \or \lor; infty infinity inf oo; emptyset varnothing; ldots dots cdots").split("; "):
     SPELLED |= dict.fromkeys(row.split(), row.split()[0])
-LEVELS = {op: level for level, row in enumerate((
-    ", or", "= < ≤ > ≥ ≠ ∈ :", "∪ ∩ ∖", "+ -", "* /")) for op in row.split()}
+LEVELS = {op: i for i, row in enumerate((", or", "= < ≤ > ≥ ≠ ∈ :", "∪ ∩ ∖", "+ -", "* /")) for op in row.split()}
 PAIRS = {"(": ") ]", "[": ") ]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|",
          r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}    # (0, 1] is an interval
 ORDER = {"<": operator.lt, "≤": operator.le, ">": operator.gt, "≥": operator.ge, "≠": operator.ne}
@@ -445,7 +441,7 @@ def number(text: str) -> Node:
 def signed(sign: str, node: Node) -> Node:
     if sign == "+":
         return node
-    return node._replace(value=-node.value) if node.kind == "num" else tree("*", "", number("-1"), node)
+    return node._replace(value=-node.value) if node.kind == "num" else chain("*", number("-1"), node)
 
 
 def chain(op: str, left: Node, right: Node) -> Node:
@@ -458,6 +454,10 @@ def chain(op: str, left: Node, right: Node) -> Node:
         return extend(left, right, left.text + op)
     if LEVELS.get(op) == 3:
         op, right = "+", signed(op, right)
+    if right.text == "()" and op in ("", "*") and left.kind != "seq":    # a multiple of a vector or matrix, and a sum
+        return tree("seq", "()", *(chain("*", left, cell) for cell in right.parts))
+    if right.text == left.text == "()" and op == "+" and len(left.parts) == len(right.parts):
+        return tree("seq", "()", *map(functools.partial(chain, "+"), left.parts, right.parts))
     if not op and left.kind == "num" and not left.ulp and right.kind == "/":
         above, below = (part.value for part in right.parts)
         if above and below and 0 < above < below:    # 2\frac12, not 2\frac53
@@ -733,12 +733,6 @@ def value(node: Node, at):
         base, _, exponent = dim.partition("^")
         scale = at("unit " + base) ** int(exponent or 1) if dim else 1
         return size * scale if size else m.pi / 180    # the degree
-    # In sums and multiples of vectors each cell is the coefficient of an unknown, one set of unknowns for the rows of
-    # a matrix and one for its columns, so that a transposed matrix differs.
-    if kind == "seq" and node.text == "()" and all(n.text != "infty" for n in node.parts):
-        level = node.parts[0].kind == "seq"
-        cells = [tree("*", "", cell, Node("sym", f"cell {level} {i}")) for i, cell in enumerate(node.parts)]
-        return value(tree("+", "", *cells), at)
     if kind not in ("call", "+", "*", "/", "^"):
         raise Unparsed(f"{kind} has no value")
     try:
@@ -776,11 +770,9 @@ def values(trees: list[Node], points: int, fixed=()):
         at = functools.partial(sample, point=point, integers=integers, fixed=fixed)
         try:
             yield [value(t, at) for t in trees]
-        except Budget:    # e^x + 1 has no usable value at the later points, which are large
-            if point == 0 or LOCAL.work > MAX_WORK:
+        except (Unparsed, Budget) as why:    # e^x + 1 has no usable value at the later points, which are large
+            if isinstance(why, Budget) and (point == 0 or LOCAL.work > MAX_WORK):
                 raise
-        except Unparsed:
-            continue
 
 
 def same_values(gold: Node, answer: Node) -> bool:
@@ -846,10 +838,9 @@ def is_set(node: Node) -> bool:
 
 def number_of(node: Node):
     """The value of a tree without names, units and unknown functions, or None."""
-    if names(node) or node.kinds() & {"word", "rel"} or any(map(Node.unknown, node.walk())):
-        return None
+    closed = not (names(node) or node.kinds() & {"word", "rel"} or any(map(Node.unknown, node.walk())))
     try:
-        return value(node, sample)
+        return value(node, sample) if closed else None
     except Unparsed:
         return None
 
@@ -989,9 +980,7 @@ def same_answer(gold: Node, answer: Node) -> bool:
                 side.sort(key=lambda n: n.parts[0].text)
         return all(map(same_answer, g, a))
     if brackets or other:
-        vector = brackets + other == "()" and 1 in (len(g), len(a))    # 1/5 (1, 2)
-        same = brackets == other and len(g) == len(a) and all(map(same_answer, g, a))
-        return same or vector and x.kind != "rel" != y.kind and same_expression(x, y)
+        return brackets == other and len(g) == len(a) and all(map(same_answer, g, a))
     if len(set(g)) == len(g):    # a solution found twice is one, but a gold with a double root wants it twice
         a = list(dict.fromkeys(a))
     # As many different members on both sides, each with a partner of its own: a subset of the solutions, and a list of
@@ -1091,7 +1080,6 @@ def judge(gold: str, answer: str) -> str:
 
 def verify(response: str, *, gold: str, finished: bool | None = None) -> Verdict:
     r"""Whether the final answer of a response is the same as the gold answer.
-
     response: the model's text; what precedes </think> or follows an end-of-turn token is ignored.
     gold: the raw string of the dataset. finished: False when the token limit stopped the response, None if unknown.
     Errors: TypeError when either text is not a str; nothing else, for no input.
