@@ -85,14 +85,13 @@ ENDS = [re.compile(p, re.S | re.I) for p in (
     rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
 # The sign of money is no sign of a formula, and a computation says less than what it is equal to.
 MONEY = re.compile(r"\\\$(?=\d)|\$(?=\d[^$]*(?:\$\d|$))")
-COMPUTED = re.compile(r"(?<![\w.^_{\\])\d[\d.,]*%?\s*[-+*/×÷][\d\s.,%+*/×÷-]*=\s*(?=-?\d)")
+COMPUTED = re.compile(r"(?<![\w.^_{\\])\d[\d.,]*%?\s*(?:[-+*/×÷]|x(?= \d))(?:[\d\s.,%+*/×÷-]|x(?= \d))*=\s*(?=-?\d)")
 # The number that a sentence is about stands behind these words, and not behind those that make it a circumstance.
 SAID = (r"\b(?:is|are|was|were|be|equals?|has|have|had|needs?|takes?|costs?|pays?|earns?|(?<!to )makes?|gets?|gives?"
         "|leaves?|spends?|only|about|exactly|approximately)")
 SUBJECT = [re.compile(p, re.I) for p in (
     rf".*({NUMBER})(?:\s[a-z]+)?,? (?:in total|in all|altogether)\b",
-    rf".*?(?:\btotal of|=)\s*({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%])",
-    rf".*?{SAID}\s+({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%]|(?<=%) of)")]
+    *(rf".*?{said}\s*({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%]|(?<=%) of)" for said in (r"\btotal of", SAID, "=")))]
 PASSING = ("in of the for at to after with per from by than every each these those all on within between among "
            "first last next her his their its").split()
 
@@ -222,8 +221,7 @@ NUMERALS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9,
 
 def unit(word: str) -> tuple[str, Fraction]:
     """(dimension, size) of a unit word or its plural; a label is a dimension of its own."""
-    label = "label " + word.lower().removesuffix("s"), Fraction(1)
-    return UNITS.get(word) or UNITS.get(word.lower()) or label
+    return UNITS.get(word) or UNITS.get(word.lower()) or ("label " + word.lower().removesuffix("s"), Fraction(1))
 
 
 def joined(text: str) -> str:
@@ -271,7 +269,7 @@ def unit_behind(m: re.Match) -> str:
 # so that its letters are no product. && stands between short rules, a line behind spaces goes on with the one above.
 RULES = r"""
 [⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+ ⟶ raised() && (?<=[\d.])\\(?:overline|dot)\s*\{(\d+)\} ⟶ ~\1
-\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.? ⟶ " "
+\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.? ⟶ " " && \{([^{}]*)\\choose([^{}]*)\} ⟶ \\binom{\1}{\2}
 (?<=\d)(?: ?\{ ?, ?\}|, ?\\!|\\! ?,|\\,|\\ ) ?(?=\d{3}(?!\d)) ⟶ ""
 (?<!\\)\\[,;:!>~ \n]|\\(?:hspace|(?:text)?color) ?\{[^{}]*\}|\\q?quad|(?<!\\)(?:\$|~(?!\d))|\\[()\[\]]|(?:\bm ?)?
     \\(?:displaystyle|textstyle|limits|phantom|mathbf|mathbb|mathit|boldsymbol|bm|mathcal|vec|hat|bar|overline|underline
@@ -279,7 +277,7 @@ RULES = r"""
 (?<=[\d}])\s*\\(?:text|mathrm)\s*\{\s*([A-Z])\s*\} ⟶ " @\1"
 \\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\} ⟶ said()
 \\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\} ⟶ rows()
-^ *\\(?:i*int|lim|sum|prod)(?![a-zA-Z]).*=(?=[^=]*$) ⟶ ""
+^ *\\(?:i*int|lim|sum|prod|Pr|max|min|Re|Im)(?![a-zA-Z]).*=(?=[^=]*$) ⟶ ""
 \{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\} ⟶ \\frac{\1}{\2} && \\[dtc](frac|binom)(?![a-zA-Z]) ⟶ \\\1
 \\(frac|binom)\s*(\d) ⟶ \\\1{\2} && (?<![a-zA-Z\\@])C ?\( ?([^(),]+) ?, ?([^(),]+) ?\) ⟶ \\binom{\1}{\2}
 (?:\{ ?\}|^|(?<=[-+*/=(,])) ?[_^] ?(?:\{([^{}]+)\}|(\w)) ?C ?_ ?(?:\{([^{}]+)\}|(\w)) ⟶ \\binom{\1\2}{\3\4}
@@ -293,7 +291,8 @@ RULES = r"""
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
 \\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
 ^ ?@?(?:[Nn]o|[Tt]here @are @no)(?: @?real)?(?: @?integer)? @?solutions? ?\.?$ ⟶ "\\emptyset "
-(?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0> && ^ *\\approx ⟶ ""
+^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R " && ^ ?(?:\\approx|@[Tt]he(?: @\w+)* @is(?= ?[-\d\\])) ⟶ ""
+(?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
 (?<=\d)\s*[xX]\s*(?=10\s*\^) ⟶ "\\times " && (?<![\d.])(\d[\d.]*)[eE]([-+]?\d+) ⟶ (\1*10^{\2})
@@ -505,10 +504,9 @@ class Parser:
 
     def starts_factor(self) -> bool:
         """Whether the next token is multiplied on without a sign, as in 2x, 3\\sqrt{2}, 5 cm; "2 3" is no product."""
-        if self.kind == "num":
-            return self.tokens[self.i - 1][0] != "num"
-        return self.kind in ("name", "word", "func", "call") or self.next in PAIRS and not (
-            self.next == "|" and self.bars)
+        if self.kind in ("num", "name", "word", "func", "call"):
+            return self.kind != "num" or self.tokens[self.i - 1][0] != "num"
+        return self.next in PAIRS and not (self.next == "|" and self.bars)
 
     def powers(self) -> Node:
         """An atom with its signs and with what binds to it from behind: -2^10, n!."""
@@ -882,8 +880,7 @@ def inside(node: Node, x) -> bool:
 
 def same_set(*sets: Node) -> bool:
     """Whether two sets of reals in one unknown have the same elements: at every number that is written in them and its
-    negative, very near to these, half way between, and at fixed other points. No inequality needs to be solved for
-    that: whatever end one side writes is among these, with neighbours so near that any other end shows."""
+    negative, very near to these, half way between, and at fixed other points: no end can hide a difference."""
     # in "-80 <= g(x) <= 82" the unknown is g(x)
     sets = [t.swap(lambda n: Node("sym", n.text) if n.unknown() and names(n) else None) for t in sets]
     m, spots = real(), {real().mpf(0)}
@@ -1087,8 +1084,7 @@ def verify(response: str, *, gold: str, finished: bool | None = None) -> Verdict
     if not isinstance(response, str) or not isinstance(gold, str):
         raise TypeError(f"response and gold must be str, not {type(response).__name__} and {type(gold).__name__}")
     answer, reason = extract(response, finished)
-    if answer is not None:
-        reason = judge(gold, answer)
+    reason = reason or judge(gold, answer)
     return Verdict(reason == "correct", reason, answer)
 
 
