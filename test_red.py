@@ -73,46 +73,47 @@ VERIFY_CASES = {
     \frac{\sqrt{3}}{3} <- \frac{1}{\sqrt{3}} >< \frac{3}{\sqrt{3}} && 1250 <- 1,250 ;; 1{,}250 >< 1,25 ;; 1.250
     3\sqrt{5} <- \sqrt{45} ;; 6.7082039 >< \sqrt{15} ;; 6.708 && \sqrt{2}+\sqrt{3} <- \sqrt{5+2\sqrt{6}} >< \sqrt{5}
     1-\frac{1}{\mathrm{e}} <- 1 - e^{-1} >< 1 + \frac1e && \frac{3}{8} <- 3/8 ;; 0.375 >< 0.38 ;; \frac{8}{3}
-    12\pi <- \pi \cdot 12 ;; 37.699112 >< 12 ;; 37.699 && \frac{1+\sqrt5}{2} <- 1.618034 >< 1.618 && 0.5 <- >< 0.05
+    12\pi <- \pi \cdot 12 ;; 37.699112 >< 12 ;; 37.699 && \frac{5}{8} <- {5 \over 8} >< {8 \over 5} && -7 <- -+7 >< --7
+    \frac{1+\sqrt5}{2} <- 1.618034 >< 1.618 && 84 <- {9 \choose 3} >< {9 \choose 4} && .0625 <- 0.0625 ;; 1/16 >< 0.062
     2\frac12 <- 2.5 >< 1 ;; \frac{2}{2} && 137 \frac{1}{2} <- 137.5 >< 137/2 && \binom{6}{2} <- 15 >< \frac{6}{2}
-    .0625 <- 0.0625 ;; 1/16 >< 0.062 && 0.\overline{3} <- \frac13 >< 0.3 && \frac{\frac{1}{2}}{3} <- \frac16
-    \sin 30^\circ <- \frac12 >< 30 && 1\frac{1}{4} <- 1 1/4 >< 11/4 && \arcsin(1) <- \frac{\pi}{2} && 3\sqrt5 <- 3√5
-    12,\!345,\!678 <- 12345678 && 0 <- 0.0 ;; -0 >< 10^{-40} && \lceil 7/2 \rceil <- >< 3 && \lfloor 7/2 \rfloor <- 3
-    0.1\overline{6} <- 1/6 && \tan^{-1} 1 <- \pi/4 && 4\sqrt2 <- 4*sqrt(2) && \mathbf{512} <- 512 && -7 <- −7 >< 7
-    \frac{1}{0} <- >< 0 && 5 <- >< \frac{5}{0}
-    \sqrt[3]{-8} <- -2 && \log_2 8 <- 3 && ２０２４ <- 2024 && |{-3}| <- 3
-    5! <- 120 && ½ <- 0.5""",
+    0.\overline{3} <- \frac13 >< 0.3 && \frac{\frac{1}{2}}{3} <- \frac16 && \sin 30^\circ <- \frac12 >< 30 && 5! <- 120
+    1\frac{1}{4} <- 1 1/4 >< 11/4 && \arcsin(1) <- \frac{\pi}{2} && 12,\!345,\!678 <- 12345678 && \tan^{-1} 1 <- \pi/4
+    0 <- 0.0 ;; -0 >< 10^{-40} && \lceil 7/2 \rceil <- >< 3 && \lfloor 7/2 \rfloor <- 3 && 0.1\overline{6} <- 1/6
+    4\sqrt2 <- 4*sqrt(2) && \mathbf{512} <- 512 && \frac{1}{0} <- >< 0 && 5 <- >< \frac{5}{0} && \sqrt[3]{-8} <- -2
+    0.5 <- >< 0.05 && 3\sqrt5 <- 3√5 && -7 <- −7 >< 7 && \log_2 8 <- 3 && ２０２４ <- 2024 && |{-3}| <- 3 && ½ <- 0.5""",
     "precision": r"""
     \frac{2^{2005}+1}{3\cdot 2^{2006}} <- \frac16+\frac{1}{3 \cdot 2^{2006}} >< \frac{1}{3\cdot 2^{2006}}
     3.83e35 <- 3.832 \times 10^{35} ;; 3.83 \times 10^{35} >< 3.84 \times 10^{35} ;; 3.83 \times 10^{34}
     \frac{1}{2004!} <- \frac{2005}{2005!} >< \frac{1}{2006!} && \frac{2}{3} <- 0.666667 ;; 0.666666 >< 0.666668
     0.00000012 <- 1.2 \times 10^{-7} >< 0.00000034 && \frac{1}{3} <- 0.333333 >< 0.33 ;; 0.33333
     \frac{1}{12} <- 0.0833333333333333 && 5 <- >< 4.9999998 ;; 5.0000001 && 4.5e33 <- 4.53e33 >< 4.6e33
-    1.4903e4 <- 14903 >< 1490.3 && 2^{-99} <- >< 2^{-98} ;; 0 && 10^{100} <- >< 10^{100}+1 && 2^{4181} <- >< 2^{4180}
-    7.353e14 <- 7.353 x 10^14 && \$18.90 <- 18.9 >< 18.94 && 1e-8 <- 10^{-8} >< 2e-8 && 2.68 <- >< 2.683 ;; 2.7
+    1.4903e4 <- 14903 >< 1490.3 && 2^{-99} <- >< 2^{-98} ;; 0 && 10^{100} <- >< 10^{100}+1 && \$18.90 <- 18.9 >< 18.94
+    7.353e14 <- 7.353 x 10^14 && 2^{4181} <- >< 2^{4180} && 1e-8 <- 10^{-8} >< 2e-8 && 2.68 <- >< 2.683 ;; 2.7
     2.83 <- >< 2\sqrt{2}""",
     "percent, degrees, units, money": r"""
     15\mbox{ cm}^2 <- 15 ;; 15 \text{ cm}^2 >< 15 \text{ cm} ;; 15 \text{ m}^2 && 28\% <- 28 ;; 0.28 >< 2.8 ;; 0.28\%
+    13 \text{ mph} <- 13 \text{ miles per hour} >< 13 \text{ miles per minute} && 90^\circ <- 90 ;; 90^{\circ} >< 9
     40\text{ feet} <- 40 \text{ ft} ;; 40 feet >< 40 \text{ inches} && 34\text{ sq. units} <- 34 \text{ square units}
     3\sqrt{2}\text{ inches} <- 3\sqrt{2} >< 3\sqrt{2}\text{ cm} && 1 \text{ L} <- 1000 \text{ mL} ;; 1 >< 1 \text{ m}
     36 \text{ km/h} <- 10 \text{ m/s} ;; 36 >< 36 \text{ m/s} && \$32,\!348 <- 32348 ;; \$32{,}348 >< \$32,384
     12\text{ apples} <- 12 apples ;; 12 >< 12 \text{ oranges} && 5.4 \text{ cents} <- 5.4 ;; \$0.054 >< \$5.40
-    2 \text{ km} <- 2000 \text{ m} >< 2000 && 90^\circ <- 90 ;; 90^{\circ} >< 9 && 7 <- >< 7 \text{ is the answer}
-    0.56 = 56\% <- 56\% >< 65\% && \frac{\pi}{2} <- >< 90 && 17.5% <- 17.5\% && 90 <- 90^\circ""",
+    2 \text{ km} <- 2000 \text{ m} >< 2000 && 7 <- >< 7 \text{ is the answer} && 0.56 = 56\% <- 56\% >< 65\%
+    \frac{\pi}{2} <- >< 90 && 17.5% <- 17.5\% && 90 <- 90^\circ""",
     "numerals, ratios, times": r"""
     \text{4:30 p.m.} <- 4:30 \text{ p.m.} ;; 4:30 PM ;; 4:30 >< 4:30 a.m. ;; 5:30 p.m. && 1:2:3 <- 1:2:3 >< 1:3:2
-    204_5 <- 204_5 ;; 204_{5} >< 204_6 ;; 402_5 ;; 54 && 3:1 <- 3 : 1 ;; 6:2 ;; 3 >< 1:3 && 2516_8 <- 2516_{8}
-    12:00 <- >< 1:00""",
+    5:00 \text{ p.m.} <- 5 \text{ p.m.} ;; 5:00 >< 5:00 \text{ a.m.} ;; 6 \text{ p.m.} && 2516_8 <- 2516_{8}
+    204_5 <- 204_5 ;; 204_{5} >< 204_6 ;; 402_5 ;; 54 && 10:30 <- 10:30 \text{ a.m.} >< 10:20 \text{ a.m.}
+    3:1 <- 3 : 1 ;; 6:2 ;; 3 >< 1:3 && 12:00 <- >< 1:00""",
     "algebra and equations": r"""
-    5x - 7y + 11z + 4 = 0 <- -10x + 14y - 22z = 8 >< 5x - 7y + 11z = 4 ;; 0 && \lfloor n/2 \rfloor <- >< \frac{n}{2}
+    5x - 7y + 11z + 4 = 0 <- -10x + 14y - 22z = 8 >< 5x - 7y + 11z = 4 ;; 0 && x^2-1 <- (x-1)(x+1) >< (x-1)^2 ;; y^2-1
     x^{\prime}+\frac{r}{V} x-r c=0 <- \frac{dx}{dt} + \frac{rx}{V} = rc && e^{i\pi/3} <- \frac12 + \frac{\sqrt3}{2} i
     \binom{2n}{n} <- \frac{(2n)!}{n!\,n!} >< \frac{(2n)!}{n!} && I(0) e^{-\frac{t}{R C}} <- I(0) \exp(-t/(RC)) >< 0
     y=2x+3 <- 2x+3 ;; y = 3 + 2x >< 2x + y + 3 = 0 && 1+\sqrt{3} i <- 1 + i\sqrt{3} >< i + \sqrt{3} && |3+4i| <- 5
-    x^2-1 <- (x-1)(x+1) >< (x-1)^2 ;; y^2-1 && \ln(ab) <- \ln a + \ln b >< \ln a \ln b && \frac{1}{4p^2} <- (2p)^{-2}
-    f(x)=x+1 <- x+1 ;; f(x)=1+x >< f(x)=x-1 && \sin 2x <- 2\sin x\cos x >< 2\sin x && x^2/4+y^2/3=1 <- 3x^2+4y^2=12
-    x_1 + x_2 <- x_2 + x_1 >< x_1 + x_3 && e^{-t}\cos t <- \frac{\cos(t)}{e^t} && 5 <- x=5 ;; x=3+2=5 >< x=5=6 ;; 5=5
-    \frac{n(n+1)}{2} <- \binom{n+1}{2} && MR=SRMC <- MR = SRMC >< MR = SRAC && k \ge 2 <- k \geqslant 2 >< k > 2
-    x^2+y^2=13 <- >< x^2+y^2=31 ;; 13 && \sqrt{1/n} <- \frac{1}{\sqrt{n}} && \sqrt{x^2} <- |x| >< x && |x| <- >< x
+    \ln(ab) <- \ln a + \ln b >< \ln a \ln b && f(x)=x+1 <- x+1 ;; f(x)=1+x >< f(x)=x-1 && x^2/4+y^2/3=1 <- 3x^2+4y^2=12
+    \sin 2x <- 2\sin x\cos x >< 2\sin x && x_1 + x_2 <- x_2 + x_1 >< x_1 + x_3 && 5 <- x=5 ;; x=3+2=5 >< x=5=6 ;; 5=5
+    e^{-t}\cos t <- \frac{\cos(t)}{e^t} && \frac{n(n+1)}{2} <- \binom{n+1}{2} && MR=SRMC <- MR = SRMC >< MR = SRAC
+    k \ge 2 <- k \geqslant 2 >< k > 2 && x^2+y^2=13 <- >< x^2+y^2=31 ;; 13 && \sqrt{1/n} <- \frac{1}{\sqrt{n}}
+    \frac{1}{4p^2} <- (2p)^{-2} && \sqrt{x^2} <- |x| >< x && |x| <- >< x
     2x <- 2 \cdot x >< x2x""",
     "tuples, lists and sets": r"""
     (3, \frac{\pi}{2}) <- \left(3,\frac{\pi}{2}\right) ;; (3, \pi/2) >< (3, \frac{2\pi}{3}) ;; (\frac{\pi}{2}, 3)
@@ -121,89 +122,89 @@ VERIFY_CASES = {
     \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- >< 2\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
     \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} <- >< \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
     \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- 2\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
-    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} 7 \\ -2 \end{pmatrix} && (2,3) <- >< [2,3] ;; \{2,3\}
-    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} -2 & 7 \end{pmatrix} && \emptyset <- \varnothing >< 0
-    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- \begin{bmatrix} -2 \\ 7 \end{bmatrix} && \langle 1,2,3\rangle <- (1,2,3)
-    (15,-29) <- x = 15, y = -29 ;; (x, y) = (15, -29) >< (15, 29) ;; (15,-29,0) && \text{A,C,F} <- A, C, F >< A, C
-    \{1\pm\sqrt{5},-2\} <- \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} >< \{-2, 1+\sqrt{5}\}
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} -2 & 7 \end{pmatrix} && \langle 1,2,3\rangle <- (1,2,3)
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- \begin{bmatrix} -2 \\ 7 \end{bmatrix} && \text{A,C,F} <- A, C, F >< A, C
+    (15,-29) <- x = 15, y = -29 ;; (x, y) = (15, -29) >< (15, 29) ;; (15,-29,0) && 1,2,\ldots,n <- >< 1,3,5,\ldots,2n-1
+    \{1\pm\sqrt{5},-2\} <- \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} >< \{-2, 1+\sqrt{5}\} && \emptyset <- \varnothing >< 0
     (1,2),(2,1) <- (2,1),(1,2) >< (1,2),(1,2) ;; (1,2) && (1,2) + t(3,4) <- (1+3t, 2+4t) >< (1+4t, 2+3t)
-    3 <- \{3\} >< 3, 4 ;; 1, 2 \text{ or } 3 && 1,-2 <- -2, 1 ;; \{-2,1\} >< 1 ;; 1, 2 && (100,200) <- >< (100,201)
-    1,2,\ldots,n <- >< 1,3,5,\ldots,2n-1""",
+    30^\circ <- >< 30^\circ \text{ or } 150^\circ && 5 <- >< k \in \mathbb{Z}, n \in \mathbb{Z}
+    3 <- \{3\} >< 3, 4 ;; 1, 2 \text{ or } 3 && y = \pm 2x <- y = 2x, y = -2x >< y = 2x && (2,3) <- >< [2,3] ;; \{2,3\}
+    1,-2 <- -2, 1 ;; \{-2,1\} >< 1 ;; 1, 2 && (100,200) <- >< (100,201)""",
     "intervals and inequalities": r"""
     (-\infty, 2) \cup (3, \infty) <- x < 2 \text{ or } x > 3 ;; (3,\infty)\cup(-\infty,2) >< (-\infty,2)
-    (-\infty,3)\cup(3,\infty) <- x \ne 3 ;; \mathbb{R} \setminus \{3\} >< \mathbb{R} && (5,\infty) <- >< 2(5,\infty)
-    (-\infty,-1) \cup (3,\infty) <- (x-3)(x+1) > 0 >< (x-3)(x+1) \ge 0 && (-2,2) <- x^2 < 4 >< x^2 \le 4 ;; x^2 < 5
+    \emptyset <- \text{no solution} ;; \text{No real solutions} >< \text{one solution} && (5,\infty) <- >< 2(5,\infty)
+    (-\infty,3)\cup(3,\infty) <- x \ne 3 ;; \mathbb{R} \setminus \{3\} >< \mathbb{R} && (-2,1] <- \frac{x-1}{x+2} \le 0
+    \mathbb{R} <- \text{all real numbers} >< \text{real numbers above } 0 && (-2,2) <- x^2 < 4 >< x^2 \le 4 ;; x^2 < 5
+    (-\infty,-1) \cup (3,\infty) <- (x-3)(x+1) > 0 >< (x-3)(x+1) \ge 0 && x < 1 <- -x > -1 ;; 2x < 2 >< x > -1
     f(2) < f(1) < f(4) <- f(4) > f(1) > f(2) >< f(1) < f(2) < f(4) && \{-1\} \cup [0,7) <- [0,7) \cup \{-1\} >< [0,7)
-    (3,4] <- 3 < x \le 4 ;; 4 \ge x > 3 >< 3 \le x \le 4 ;; (3,4) && x < 1 <- -x > -1 ;; 2x < 2 >< x > -1
-    (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) && [-2,1] <- >< \frac{x-1}{x+2} \le 0
-    x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7 && (-2,1] <- \frac{x-1}{x+2} \le 0
-    (0,9) \cup (9,36) <- >< (0,36) && [-2,2] <- >< x^2 \le 4.0001 && \emptyset <- >< x < \foo
-    [a+b, b] <- >< [b, a+b] && [0,4) <- \sqrt{x} < 2""",
+    (3,4] <- 3 < x \le 4 ;; 4 \ge x > 3 >< 3 \le x \le 4 ;; (3,4) && [-2,1] <- >< \frac{x-1}{x+2} \le 0
+    (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) && (0,9) \cup (9,36) <- >< (0,36)
+    x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7 && [-2,2] <- >< x^2 \le 4.0001 && [a+b, b] <- >< [b, a+b]
+    \emptyset <- >< x < \foo && [0,4) <- \sqrt{x} < 2""",
     "constants and equations": r"""
     m l^2 \theta'' = -m g l \sin\theta <- \ddot\theta + \frac{g}{l}\sin\theta = 0 >< \theta'' = \frac{g}{l}\sin\theta
+    \{x \mid x=2k+1, k\in\mathbb{Z}\} <- \{2k+1 : k\in\mathbb{Z}\} ;; 2n+1, n\in\mathbb{Z} >< 2k, k\in\mathbb{Z}
     2n\pi, n \in \mathbb{Z} <- \{2k\pi : k \in \mathbb{Z}\} ;; 2k\pi \text{ where } k \text{ is an integer}
     \text{IV} <- \text{Quadrant IV} ;; \text{fourth quadrant} ;; IV >< VI ;; \text{third quadrant} && 5C <- >< 5K
     \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \left\{\frac{\pi}{2}+k\pi \mid k \in \mathbb{Z}\right\}
     \text{III} <- III ;; \text{Quadrant 3} ;; \text{third quadrant} >< II ;; \text{Quadrant 2}
-    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- >< \{\frac{\pi}{2}+2k\pi \mid k\in\mathbb{Z}\}
-    y = C_1 e^x + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} >< y = c_1 e^x + c_1 e^{-x} && f(x) = x^2 <- >< f(t) = x^2
-    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- >< \{\frac{\pi}{2}+k \mid k\in\mathbb{Z}\}
+    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- >< \{\frac{\pi}{2}+2k\pi \mid k\in\mathbb{Z}\} && f(x) = x^2 <- >< f(t) = x^2
+    2k\pi\pm 1, k\in\mathbb{Z} <- 2n\pi \pm 1, n\in\mathbb{Z} >< 2k\pi+1, k\in\mathbb{Z}
+    y = C_1 e^x + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} >< y = c_1 e^x + c_1 e^{-x}
     \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \{\frac{\pi}{2}+n\pi : n \in \mathbb{Z}\}
-    2n\pi, n \in \mathbb{Z} <- >< \{k\pi : k \in \mathbb{Z}\} ;; 2n ;; \{2\pi\} && \text{IV} <- >< \text{Quadrant I}
-    m l^2 \theta'' = -m g l \sin\theta <- >< \theta'' = -\frac{l}{g}\sin\theta
     y = Ce^{3x} <- y = ce^{3x} ;; y = c e^{3x} >< y = ce^{2x} ;; y = e^{3x} && -40^\circ <- -40^\circ F >< 40^\circ F
-    4\sqrt{3} <- 4\sqrt{3} cm ;; 4\sqrt{3} m >< 4\sqrt{3} x ;; 4\sqrt{2} cm
+    4\sqrt{3} <- 4\sqrt{3} cm ;; 4\sqrt{3} m >< 4\sqrt{3} x ;; 4\sqrt{2} cm && \text{IV} <- >< \text{Quadrant I}
     m l^2 \theta'' = -m g l \sin\theta <- \theta'' = -\frac{g}{l}\sin\theta
     y''+9y=0 <- y''(t)+9y(t)=0 ;; 2y''+18y=0 >< y''+3y=0 ;; y''+9y'=0 && y = C e^{2x} <- y = K e^{2x} >< y = K e^{3x}
     9\pi <- 9\pi cm^2 ;; 9\pi \text{ cm}^2 >< 9\pi x ;; 9 cm && y' = k y <- y'(x) = k y(x) >< y' = C y ;; y'' = k y
     a^2+b^2-2ab\cos C <- >< a^2+b^2-2ab\cos c""",
     "text and multiple choice": r"""
     \text{Monday} <- Monday ;; \text{monday} >< \text{Sunday} && \text{ellipse} <- >< \text{an ellipse or a circle}
-    \text{Navin} <- >< \text{Navin and Luka} && \text{(C)} <- C ;; (C) >< D ;; A, C && 42 <- (C) 42 >< (C) 24
-    \text{even} <- even >< odd ;; neve && LQSX <- LQSX >< QLSX && \cot x <- \cot(x) && \text{13} <- 13""",
+    \text{(C)} <- C ;; (C) >< D ;; A, C && \text{even} <- even >< odd ;; neve && 42 <- (C) 42 >< (C) 24
+    LQSX <- LQSX >< QLSX && \cot x <- \cot(x) && \text{13} <- 13""",
     "learnt from disagreements": r"""
-    (-\infty, 0) \cup\{1\} <- x<0 \text{ or } x=1 >< x<0 \text{ or } x=2 ;; x \le 0 \text{ or } x=1 && 11 <- x=5+6=11
-    9.8 \text{ m/s}^2 <- 9.8 m/s^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} >< 9.8 \text{ m/s} && 5 <- 5 m >< 5 x ;; \foo 5
-    \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} <- \begin{pmatrix} 1000 \\ 2 \end{pmatrix} && 2^{9999}+1 <- >< 2^{9999}
-    \left\lfloor\log _{2} n\right\rfloor+1 <- 1 + \lfloor \log_2(n) \rfloor && n < 5, n \in \mathbb{Z} <- >< n < 5
+    (-\infty, 0) \cup\{1\} <- x<0 \text{ or } x=1 >< x<0 \text{ or } x=2 ;; x \le 0 \text{ or } x=1 && x<1 <- >< |x|<1
+    9.8 \text{ m/s}^2 <- 9.8 m/s^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} >< 9.8 \text{ m/s} && \mathbb{Z} <- >< \mathbb{N}
+    \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} <- \begin{pmatrix} 1000 \\ 2 \end{pmatrix} && (1,2,3) <- >< z=1, y=2, x=3
+    \left\lfloor\log _{2} n\right\rfloor+1 <- 1 + \lfloor \log_2(n) \rfloor && \{x \in \mathbb{R} : |x| < 2\} <- (-2,2)
     34 \text{ square inches} <- 34 \text{ in}^2 >< 34 \text{ inches} && (3,2),(-3,2),(3,-2),(-3,-2) <- (\pm 3, \pm 2)
     A <- \text{A. } 15 ;; \text{(A) } 15 >< \text{B. } 15 && 10 <- 5 + 5 = 10 >< 10 \text{ to } 20 ;; 10 = 5 + 6
-    \lfloor\sqrt{n-1}\rfloor <- >< \lfloor n/2 \rfloor && \sqrt{2} <- \frac{\sqrt{2}}{\sin{90^\circ}} && 23 <- >< 2 3
-    x \leq 5 <- >< x \leq 5, x \in \mathbb{Z} && 2:15 \text{ p.m.} <- >< 4:30 \text{ p.m.} && \{1, 1, 2\} <- \{1, 2\}
-    \{x \in \mathbb{R} : |x| < 2\} <- (-2,2) && (0,3) <- >< \{x \in \mathbb{Z} : 0<x<3\} && \log 100 <- \ln 100 >< 3
+    \lfloor\sqrt{n-1}\rfloor <- >< \lfloor n/2 \rfloor && \sqrt{2} <- \frac{\sqrt{2}}{\sin{90^\circ}} && 11 <- x=5+6=11
+    x \leq 5 <- >< x \leq 5, x \in \mathbb{Z} && 2:15 \text{ p.m.} <- >< 4:30 \text{ p.m.} && 5 <- 5 m >< 5 x ;; \foo 5
+    (0,3) <- >< \{x \in \mathbb{Z} : 0<x<3\} && n < 5, n \in \mathbb{Z} <- >< n < 5 && \frac{1}{2}x <- >< \frac{1}{2x}
     \sin^{-1} x <- >< \frac{1}{\sin x} && AB=12+12\sqrt{3} <- 12+12\sqrt{3} && \int_0^1 x dy <- >< \int_0^1 y dx
-    \frac{1}{2}x <- >< \frac{1}{2x} && x > 3, x \le 4 <- >< \mathbb{R} && 1, -2 <- 1, -2, -2 >< 1, -2, -3
-    \frac{1}{2} <- >< \frac{s}{2} && 1, 1, -2 <- -2, 1, 1 >< 1, -2 && \mathbb{Z} <- >< \mathbb{N} && x<1 <- >< |x|<1
-    (1,2,3) <- >< z=1, y=2, x=3 && 1,2,3 <- >< 1,2,3,... && |x-500| <- >< 500-x && 100,200 <- 200,100 && -2^2 <- >< 4
-    2x' <- {2x^\prime} && (2,1) <- y=1, x=2 && x > 0 <- >< y > 0 && 1 = \foo = 5 <- 5 && -2\frac12 <- -2.5
-    1010_2 <- >< 10 && x^2=4 <- >< x=2 && 3,4 <- >< 3.4 && 3 <- >< m+m+m && 6 <- >< x=5=6 && 6m <- >< 6""",
+    x > 3, x \le 4 <- >< \mathbb{R} && 1, -2 <- 1, -2, -2 >< 1, -2, -3 && \frac{1}{2} <- >< \frac{s}{2} && 23 <- >< 2 3
+    1, 1, -2 <- -2, 1, 1 >< 1, -2 && 2^{9999}+1 <- >< 2^{9999} && \log 100 <- \ln 100 >< 3 && 1,2,3 <- >< 1,2,3,...
+    \{1, 1, 2\} <- \{1, 2\} && |x-500| <- >< 500-x && 100,200 <- 200,100 && 2x' <- {2x^\prime} && (2,1) <- y=1, x=2
+    x > 0 <- >< y > 0 && 1 = \foo = 5 <- 5 && -2\frac12 <- -2.5 && x^2=4 <- >< x=2 && 3,4 <- >< 3.4 && 3 <- >< m+m+m
+    6 <- >< x=5=6 && -2^2 <- >< 4 && 6m <- >< 6""",
     "unknown functions and open ends": r"""
-    -80\leq g(x)\leq 82 <- [-80, 82] >< -80\leq g(x)\leq 83 && (3,-3) <- >< \emptyset && 2x < 2 <- >< 2x \le 2
-    y''(t)+9y(t)=0 <- 9y(t)+y''(t)=0 >< y''(t)-9y(t)=0 ;; y''(t)+9y'(t)=0 && f(2)+f(3) <- f(3)+f(2) >< f(2)+g(3)""",
+    -80\leq g(x)\leq 82 <- [-80, 82] >< -80\leq g(x)\leq 83 && f(2)+f(3) <- f(3)+f(2) >< f(2)+g(3)
+    (3,-3) <- >< \emptyset && 2x < 2 <- >< 2x \le 2
+    f(x)=2x <- y=2x >< y=3x ;; z=2x""",
     "gaming": r"""
     5 <- >< answer ;; x ;; \text{5 or 6} ;; 5 \pm 1 ;; 5 \text{ or anything} ;; 1,2,3,4,5,6,7,8,9
     5 <- >< \text{the correct answer} ;; 5x ;; 5 + 0x + ;; \_\_ ;; \infty ;; \frac{0}{0} ;; nan
     \text{unparsable ( gold} <- \text{unparsable ( gold} >< 5 && \sum_{k} a_k <- \sum_{k} a_k >< \sum_{k} b_k
-    5 <- >< __import__('os').system('true') ;; (lambda: 5)() && \infty <- +\infty >< -\infty ;; 10^{400} && x <- >< y
+    5 <- >< __import__('os').system('true') ;; (lambda: 5)() && \infty <- +\infty >< -\infty ;; 10^{400}
     f(x)=0 <- >< \forall x>0, f(x)=0""",
     "choices, bases, left sides": r"""
     \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- \mathbf{A}^{-1}=\begin{bmatrix} 1 & -1 \\ 0 & 1 \end{bmatrix}
+    8 <- \sum_{k=1}^{3} a_k = 8 ;; \lim_{x \to 0} f(x) = 8 >< \sum_{k=1}^{8} a_k = 3 ;; \sum_{k=1}^{3} a_k < 8
     \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- >< A^{-1}=\begin{pmatrix} 1 & 1 \\ 0 & 1 \end{pmatrix}
     12 <- \operatorname{lcm}(4,6)=12 ;; AB + CD = 12 >< 2y = 12 ;; y^2 = 12 ;; AB + CD = 21 ;; \cos x = 12
-    \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- A^{-1}=\begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix}
     \frac{t+4}{3} <- h^{-1}(t)=\frac{t+4}{3} ;; h^{-1}(t) = \frac{1}{3}t+\frac43 >< h(t) = 3t-4
-    A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A && 3F_{16} <- 3F_{16} ;; 3F >< F3_{16} ;; 63
-    1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178 && 9 <- a+b=9 ;; \gcd(18,27)=9 >< a+b=8 ;; x^2=9
-    B <- \text{B) It is halved} >< \text{D) It is halved} && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
-    \frac{t+4}{3} <- >< h^{-1}(t)=\frac{t-4}{3} && \frac13 <- >< x^{-1}=\frac13 && 0 <- >< 2x - y + 4 = 0""",
+    A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A && \frac{t+4}{3} <- >< h^{-1}(t)=\frac{t-4}{3}
+    1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178 && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
+    5 <- \text{The answer is } 5 >< \text{The answer is not } 5 && 9 <- a+b=9 ;; \gcd(18,27)=9 >< a+b=8 ;; x^2=9
+    60 <- m\angle ABC = 60^\circ >< m\angle ABC = 50^\circ && B <- \text{B) It is halved} >< \text{D) It is halved}
+    3F_{16} <- 3F_{16} ;; 3F >< F3_{16} ;; 63 && \frac13 <- >< x^{-1}=\frac13 && 0 <- >< 2x - y + 4 = 0""",
     "and, or behind a unit": r"""
     60^\circ, 120^\circ <- 60^\circ \text{ and } 120^\circ ;; 60^{\circ} \text{ or } 120^{\circ} >< 60^\circ
     6 \text{ cm}, 8 \text{ cm} <- 6\text{ cm and }8\text{ cm} ;; 6 \text{ cm} \text{ and } 8 \text{ cm}
     6 \text{ cm}, 8 \text{ cm} <- >< 6 \text{ cm and } 9\text{ cm} ;; 6\text{ m and }8\text{ m}
-    30^\circ <- 30^\circ >< 30^\circ \text{ or } 150^\circ ;; 30^\circ \text{ and } 150^\circ
     \text{A, D} <- \text{A and D} ;; \text{(A) and (D)} >< \text{A and C} ;; \text{A}
-    15\%, 20\% <- 15\% \text{ and } 20\% ;; 15% or 20% >< 15\% \text{ and } 25\%
-    60^\circ, 120^\circ <- >< 60^\circ \text{ and } 130^\circ""",
+    15\%, 20\% <- 15\% \text{ and } 20\% ;; 15% or 20% >< 15\% \text{ and } 25\%""",
     "one value in two forms": r"""
     \frac{3}{4} <- \frac34 = 0.75 ;; 0.75 = \frac{3}{4} >< 0.75 = \frac{4}{3} ;; \frac{3}{4} \text{ or } 0.8
     \frac{\sqrt3}{2}+\frac{i}{2} <- \operatorname{cis} 30^\circ ;; \text{cis}\left(\frac{\pi}{6}\right)
@@ -211,10 +212,9 @@ VERIFY_CASES = {
     (-\infty,-1)\cup(4,\infty) <- >< (-\infty,-1] \text{ or } (4,\infty) ;; (-\infty,-1)
     (-\infty,-1)\cup(4,\infty) <- x \in (-\infty,-1) \text{ or } x \in (4,\infty)
     101 <- 101 \text{ or } 101.0 >< 100 \text{ or } 101 ;; 101 \text{ or } 100.5
-    20^\circ \text{C} <- 20^\circ C ;; 20°C >< 20^\circ \text{F} ;; 68^\circ C
+    20^\circ \text{C} <- 20^\circ C ;; 20°C >< 20^\circ \text{F} ;; 68^\circ C && \frac{5}{6} <- 0.8333\ldots >< 0.8333
     2 <- \sec 60^\circ ;; \sec\frac{\pi}{3} >< \sec 30^\circ ;; \cos 60^\circ
-    \frac{2}{3} <- >< \frac23 = \frac13 ;; \frac23 \text{ or } 0.76 ;; 0.67 && \frac{5}{6} <- 0.8333\ldots >< 0.8333
-    (-\infty,-1)\cup(4,\infty) <- (-\infty,-1) \text{ or } (4,\infty)
+    \frac{2}{3} <- >< \frac23 = \frac13 ;; \frac23 \text{ or } 0.76 ;; 0.67
     \frac{7}{9} <- 0.777\ldots ;; 0.7777... >< 0.777 ;; 0.707\ldots && \sec x <- \frac{1}{\cos x} >< \csc x ;; \cos x
     \frac{\sqrt3}{2}+\frac{i}{2} <- >< \operatorname{cis} 60^\circ && 35 <- C(7,3) ;; \binom73 >< C(7,2) ;; {}_7C_2
     \binom{n}{2} <- C(n,2) ;; C_n^2 ;; {}_nC_2 >< C(2,n) ;; C_n^3""",
@@ -224,10 +224,9 @@ VERIFY_CASES = {
     \lceil n/2 \rceil <- \lfloor (n+1)/2 \rfloor >< \lfloor n/2 \rfloor ;; \lfloor n/2 \rfloor + 1
     \lfloor x \rfloor <- -\lceil -x \rceil >< x ;; \lceil x \rceil ;; \lceil x \rceil - 1
     18.94 \text{ g} <- 18.936 \text{ g} >< 18.93 \text{ g} ;; 18.9 && \sum_{k=1}^n k <- >< \frac{n(n-1)}{2} ;; n^2
-    12.47 \text{ kg} <- 12.468 \text{ kg} >< 12.5 kg ;; 12.48 kg && \lfloor n/2 \rfloor <- >< \lceil n/2 \rceil
-    (-1)^n <- \cos(n\pi) ;; (-1)^{n+2} >< (-1)^{n+1} ;; 1 && 1.75 <- 1.75 ;; \frac74 >< 1.748 ;; 1.754
-    6.02e23 <- 6.022 \times 10^{23} >< 6.1e23 && 2.683 <- 2.6834 >< 2.6836 ;; 2.684
-    3.375 <- 27/8 >< 3.3752 ;; 3.3749 && n! <- n(n-1)! >< n(n-1) ;; (n-1)!""",
+    12.47 \text{ kg} <- 12.468 \text{ kg} >< 12.5 kg ;; 12.48 kg && 1.75 <- 1.75 ;; \frac74 >< 1.748 ;; 1.754
+    (-1)^n <- \cos(n\pi) ;; (-1)^{n+2} >< (-1)^{n+1} ;; 1 && 6.02e23 <- 6.022 \times 10^{23} >< 6.1e23
+    2.683 <- 2.6834 >< 2.6836 ;; 2.684 && 3.375 <- 27/8 >< 3.3752 ;; 3.3749 && n! <- n(n-1)! >< n(n-1) ;; (n-1)!""",
 }
 
 
@@ -258,14 +257,19 @@ VERIFY_RESPONSES = [
     ('x=2, y=-5', 'Solving the system gives what we want. Therefore $x = 2$ and $y = -5$.', True),
     ('7', 'Therefore, there are $7$ solutions in the range from $1$ to $20$.', True),
     ('540', 'So James runs a total of 540 meters in 3 sessions over 1 week.', True),
-    ('540', 'So James runs a total of 450 meters in 540 minutes.', False), ("5", r"It is $\boxed{5}$ in total.", True),
-    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('B', 'The correct choice is D.', False),
-    ('18', 'Adding up, Mia needs 12 boxes to pack 18 bottles.', False), ("0.25", r"It is $\boxed{25}\%$.", True),
-    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per second.", True), ('1, 4', 'So the roots are $1$ and $4$.', True),
-    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per hour.", False), ('B', 'The correct choice is B.', True),
-    ('1, 4', 'So the solutions are $x = 1$ and $x = 4$.', True), ('260', 'So the 4 friends pay $260 in total.', True),
-    ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ cm}$.', False), ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ m}$.', True),
-    ('260', 'In 5 hours the train travels 260 miles.', True), ('3 \\text{ m}', 'It is $\\boxed{300}$ cm.', True),
+    ('3', 'In total, it takes 2 + 1 = 3 bolts of fiber to make 1 robe.', True), ('B', 'The correct choice is B.', True),
+    ('460', "Eliza's earnings for this week are $400 + $60 = $460.", True), ("5", r"It is $\boxed{5}$ in total.", True),
+    ('540', 'So James runs a total of 450 meters in 540 minutes.', False), ('D', 'The answer is **D**. 14 days', True),
+    ('20', 'Sara has 25% of the 80 marbles, that is 20 marbles.', True), ('B', 'The correct choice is D.', False),
+    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('1, 4', 'So the roots are $1$ and $4$.', True),
+    ('18', 'Adding up, Mia needs 12 boxes to pack 18 bottles.', False), ('B', 'So option B is the right choice.', True),
+    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per second.", True), ("0.25", r"It is $\boxed{25}\%$.", True),
+    ('70000', 'So the profit was 200,000 - 130,000 = $70,000.', True), ('8', 'He has 8 x 12 = 96.', False),
+    ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per hour.", False), ('96', 'He has 8 x 12 = 96 for 4 classes.', True),
+    ('24', 'So there are 3 rows of 8 seats, 24 in total.', True), ('260', 'So the 4 friends pay $260 in total.', True),
+    ('1, 4', 'So the solutions are $x = 1$ and $x = 4$.', True), ('11', 'The integer is 11, since 11^2 = 121.', True),
+    ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ cm}$.', False), ('260', 'In 5 hours the train travels 260 miles.', True),
+    ('3 \\text{ m}', 'It is $\\boxed{3}\\text{ m}$.', True), ('3 \\text{ m}', 'It is $\\boxed{300}$ cm.', True),
 ]
 
 
@@ -283,12 +287,12 @@ VERIFY_EXTRACTIONS = [
     ("We add them up, and carry the one. " * 9 + "So the total is 42", True, "42"), (r"so \boxed 7 is it", None, "7"),
     (r"<think>a</think> \boxed{4} <think>wait \boxed{5}", None, "truncated"), (r"\boxed{\{1,2\}}", None, r"\{1,2\}"),
     (r"<think>maybe \boxed{3}</think> The answer is \boxed{4}.", None, "4"), ("I do not know.", None, "no_answer"),
-    ("Therefore, the probability is 2/3.<|im_start|>user", None, "2/3"), (r"\boxed{4}<|im_end|> \boxed{5}", None, "4"),
+    ("Therefore, the probability is 2/3.<|im_start|>user", None, "2/3"), (r"$\boxed{3}$ and $\boxed{4}$", None, "3, 4"),
     (r"$F_n = \sum_{k} F_k \int$", None, r"F_n = \sum_{k} F_k \int"), ("So the area is \\(12\\pi\\).", None, r"12\pi"),
     (r"\boxed{3}. Now check: \boxed{\frac{1}{", None, "truncated"), ("So the total cost is **\\$45**.", None, "45"),
     (r"maybe \boxed{3}</think> no idea at all", None, "no_answer"), ("Hence the correct choice is (B).", None, "B"),
-    (r"work ... \boxed{4} and so on until the limit", False, "4"), (r"$\boxed{3}$ and $\boxed{4}$", None, "3, 4"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", None, r"\frac{1}{\sqrt{2}}"), (r"<think>maybe \boxed{3}", None, "truncated"),
+    (r"work ... \boxed{4} and so on until the limit", False, "4"), (r"<think>maybe \boxed{3}", None, "truncated"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", None, r"\frac{1}{\sqrt{2}}"), (r"\boxed{4}<|im_end|> \boxed{5}", None, "4"),
     (r"\boxed{4}</s>\boxed{", None, "4"), ("16 - 3 = 13\n#### 73", None, "73"), (r"\boxed{3", None, "truncated"),
     (r"\boxed{}", None, "no_answer"), ("12", None, "12"),
 ]
@@ -455,6 +459,7 @@ def test_verify_limits_are_small():
     assert verify(r"\boxed{" + r"\pm 1" * 20 + "}", gold="5").reason == "budget"
     assert verify(r"\boxed{" + "(" * 20 + "5" + ")" * 20 + "}", gold="5.0").correct
     assert verify(r"\boxed{" + "(" * 60 + "5" + ")" * 60 + "}", gold="5.0").reason == "budget"
+    assert "nodes" in gold_problem("abcdx" * 380 + r"\langle " + "1," * 990 + r"1\rangle")
 
 
 def test_verify_reads_hostile_responses():

@@ -383,8 +383,8 @@ class Node(NamedTuple):
 def tree(kind: str, text: str, *parts: Node) -> Node:
     """A node above its parts. Its size is known before anything is done with it, so that work can be charged first."""
     size, depth = 1 + sum(p.size for p in parts), 1 + max(p.depth for p in parts)
-    if depth > 2 * MAX_DEPTH:    # x^2^2^2... nests the tree where it does not nest the grammar
-        raise Budget(f"nested deeper than {2 * MAX_DEPTH}")
+    if depth > 2 * MAX_DEPTH or size > MAX_WORK:    # x^2^2^2... nests only the tree, a multiple of a vector widens it
+        raise Budget(f"{size} nodes, {depth} deep; at most {MAX_WORK} and {2 * MAX_DEPTH}")
     return Node(kind, text, parts, size=size, depth=depth)
 
 
