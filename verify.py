@@ -10,6 +10,8 @@ r"""verify.py: is a model's answer to a math problem the same as the gold answer
    unit in its last place away. A measured gold takes whatever rounds to its own digits; it shows that it was measured
    by a power of ten (4.5e33), a unit (2.5 cm) or four digits of no short fraction (2.683, not 1.25 or 3.125).
 5. A base that only the gold writes is taken as said by the question: 132 is right for 132_4, and 30 is wrong.
+6. Not read, being rare or of two meanings: sums to be computed, 4 h 30 min for 4.5 h, 1,5 for 1.5, 2i - j
+   for (2, -1), ]1, 3[ for (1, 3), choices without commas (BD). The same string is right all the same.
 
     python verify.py FILE.jsonl --response-key response --gold-key gold --score-key recorded_score
 
@@ -216,7 +218,7 @@ UNICODE = str.maketrans(
     | {pair[0]: rf"\{pair[1:]} " for pair in COMMANDS.split()})
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
-NUMERALS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
+NUMERALS = dict(one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 
 
 def unit(word: str) -> tuple[str, Fraction]:
@@ -291,6 +293,7 @@ RULES = r"""
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
 \\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
 ^ ?@?(?:[Nn]o|[Tt]here @are @no)(?: @?real)?(?: @?integer)? @?solutions? ?\.?$ ⟶ "\\emptyset "
+^ ?@?(<BASES>) ?$ ⟶ numeral()
 ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R " && ^ ?(?:\\approx|@[Tt]he(?: @\w+)* @is(?= ?[-\d\\])) ⟶ ""
 (?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
@@ -314,6 +317,7 @@ PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|"
 CHANGES = {f"{f.__name__}()": f for f in (said, rows, in_base, unit_behind)}
 CHANGES["marked()"] = lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])
 CHANGES["quadrant()"] = lambda m: " @" + ("IV", "I", "II", "III")[m.lastindex % 4]
+CHANGES["numeral()"] = lambda m: str(NUMERALS.get(m[1], m[1]))
 CHANGES["raised()"] = lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}"
 REWRITES = []
 for rule in re.sub(r"\n +", "", RULES.strip()).replace(" && ", "\n").split("\n"):
@@ -335,7 +339,6 @@ def clean(text: str) -> str:
 
 
 # ------------------------------------------------------------------ parsing
-
 
 class Node(NamedTuple):
     """One node of the tree of an answer.
@@ -618,7 +621,6 @@ def parse(text: str) -> Node:
 
 # ------------------------------------------------------------------ values
 
-
 def real():
     if not hasattr(LOCAL, "mp"):
         from mpmath.ctx_mp import MPContext
@@ -741,7 +743,6 @@ def value(node: Node, at):
 
 
 # ------------------------------------------------------------------ comparison
-
 
 def precision(node: Node) -> tuple:
     """(relative unit in the last place, digits, whether measured) of -2.68, 5.0 cm or 4.5 \\times 10^{33}, where one
@@ -1099,7 +1100,6 @@ def gold_problem(gold: str) -> str | None:
 
 
 # ------------------------------------------------------------------ command line
-
 
 def scored(line: str, where: str, args: argparse.Namespace) -> tuple[str, str, bool | None]:
     """(response, gold, recorded score or None) of one line. Errors: SystemExit naming the file and line."""
