@@ -1,5 +1,4 @@
-"""`pytest test_red.py`: some minutes on two cores (`python test_red.py --runslow`: more). Public benchmark files are
-looked for in the folder RED_DATA, or in a folder `data` beside the checkout; without them their tests are skipped."""
+"""`pytest test_red.py`: some minutes on two cores. What needs vLLM or TRL is skipped where it is not installed."""
 import contextlib
 import copy
 import dataclasses
@@ -20,7 +19,6 @@ import tracemalloc
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -44,7 +42,6 @@ sys.path.insert(0, str(HERE / "assets"))
 import bench  # noqa: E402
 
 torch.set_num_threads(1)       # at these sizes threads only wait for each other, and other counts round differently
-REAL = Path(os.environ.get("RED_DATA") or next(HERE.parent.glob("*/data/math500.jsonl"), HERE / "none/x").parent)
 
 
 def truly_double(model):
@@ -63,34 +60,33 @@ def truly_double(model):
 # Each row: gold <- right answers >< wrong answers, the answers separated by " ;; "; short rows share a line (" && ").
 VERIFY_CASES = {
     "numbers": r"""
-    \frac{\sqrt{3}}{3} <- \frac{1}{\sqrt{3}} >< \frac{3}{\sqrt{3}} && 1250 <- 1,250 ;; 1{,}250 >< 1,25 ;; 1.250
-    3\sqrt{5} <- \sqrt{45} ;; 6.7082039 >< \sqrt{15} ;; 6.708 && \sqrt{2}+\sqrt{3} <- \sqrt{5+2\sqrt{6}} >< \sqrt{5}
-    1-\frac{1}{\mathrm{e}} <- 1 - e^{-1} >< 1 + \frac1e && \frac{3}{8} <- 3/8 ;; 0.375 >< 0.38 ;; \frac{8}{3}
-    12\pi <- \pi \cdot 12 ;; 37.699112 >< 12 ;; 37.699 && \frac{5}{8} <- {5 \over 8} >< {8 \over 5} && -7 <- -+7 >< --7
-    \frac{1+\sqrt5}{2} <- 1.618034 >< 1.618 && 84 <- {9 \choose 3} >< {9 \choose 4} && .0625 <- 0.0625 ;; 1/16 >< 0.062
-    2\frac12 <- 2.5 >< 1 ;; \frac{2}{2} && 137 \frac{1}{2} <- 137.5 >< 137/2 && \binom{6}{2} <- 15 >< \frac{6}{2}
+    \frac{\sqrt{3}}{3} <- \frac{1}{\sqrt{3}} >< \frac{3}{\sqrt{3}} && \frac{3}{8} <- 3/8 ;; 0.375 >< 0.38 ;; \frac{8}{3}
+    1250 <- 1,250 ;; 1{,}250 >< 1,25 ;; 1.250 && \frac{5}{8} <- {5 \over 8} >< {8 \over 5} && 12,\!345,\!678 <- 12345678
+    \frac{1+\sqrt5}{2} <- 1.618034 >< 1.618 && 84 <- {9 \choose 3} >< {9 \choose 4} && 137 \frac{1}{2} <- 137.5 >< 137/2
+    1\frac{1}{4} <- 1 1/4 >< 11/4 && \arcsin(1) <- \frac{\pi}{2} && 0 <- 0.0 ;; -0 >< 10^{-40} && 0.1\overline{6} <- 1/6
+    \lceil 7/2 \rceil <- >< 3 && \lfloor 7/2 \rfloor <- 3 && \tan^{-1} 1 <- \pi/4 && 4\sqrt2 <- 4*sqrt(2) && |{-3}| <- 3
     0.\overline{3} <- \frac13 >< 0.3 && \frac{\frac{1}{2}}{3} <- \frac16 && \sin 30^\circ <- \frac12 >< 30 && 5! <- 120
-    1\frac{1}{4} <- 1 1/4 >< 11/4 && \arcsin(1) <- \frac{\pi}{2} && 12,\!345,\!678 <- 12345678 && \tan^{-1} 1 <- \pi/4
-    0 <- 0.0 ;; -0 >< 10^{-40} && \lceil 7/2 \rceil <- >< 3 && \lfloor 7/2 \rfloor <- 3 && 0.1\overline{6} <- 1/6
-    4\sqrt2 <- 4*sqrt(2) && \mathbf{512} <- 512 && \frac{1}{0} <- >< 0 && 5 <- >< \frac{5}{0} && \sqrt[3]{-8} <- -2
-    0.5 <- >< 0.05 && 3\sqrt5 <- 3√5 && -7 <- −7 >< 7 && \log_2 8 <- 3 && ２０２４ <- 2024 && |{-3}| <- 3 && ½ <- 0.5""",
+    3\sqrt{5} <- \sqrt{45} ;; 6.7082039 >< \sqrt{15} ;; 6.708 && \sqrt{2}+\sqrt{3} <- \sqrt{5+2\sqrt{6}} >< \sqrt{5}
+    2\frac12 <- 2.5 >< 1 ;; \frac{2}{2} && \binom{6}{2} <- 15 >< \frac{6}{2} && .0625 <- 0.0625 ;; 1/16 >< 0.062
+    \mathbf{512} <- 512 && \frac{1}{0} <- >< 0 && 5 <- >< \frac{5}{0} && \sqrt[3]{-8} <- -2 && -7 <- -+7 >< --7
+    1-\frac{1}{\mathrm{e}} <- 1 - e^{-1} >< 1 + \frac1e && 12\pi <- \pi \cdot 12 ;; 37.699112 >< 12 ;; 37.699
+    0.5 <- >< 0.05 && 3\sqrt5 <- 3√5 && -7 <- −7 >< 7 && \log_2 8 <- 3 && ２０２４ <- 2024 && ½ <- 0.5""",
     "precision": r"""
+    0.00000012 <- 1.2 \times 10^{-7} >< 0.00000034 && \frac{1}{3} <- 0.333333 >< 0.33 ;; 0.33333 && 2.83 <- >< 2\sqrt{2}
+    1.4903e4 <- 14903 >< 1490.3 && 2^{-99} <- >< 2^{-98} ;; 0 && 10^{100} <- >< 10^{100}+1 && 7.353e14 <- 7.353 x 10^14
+    \frac{1}{2004!} <- \frac{2005}{2005!} >< \frac{1}{2006!} && \frac{2}{3} <- 0.666667 ;; 0.666666 >< 0.666668
+    \$18.90 <- 18.9 >< 18.94 && 2^{4181} <- >< 2^{4180} && 1e-8 <- 10^{-8} >< 2e-8 && 2.68 <- >< 2.683 ;; 2.7
     \frac{2^{2005}+1}{3\cdot 2^{2006}} <- \frac16+\frac{1}{3 \cdot 2^{2006}} >< \frac{1}{3\cdot 2^{2006}}
     3.83e35 <- 3.832 \times 10^{35} ;; 3.83 \times 10^{35} >< 3.84 \times 10^{35} ;; 3.83 \times 10^{34}
-    \frac{1}{2004!} <- \frac{2005}{2005!} >< \frac{1}{2006!} && \frac{2}{3} <- 0.666667 ;; 0.666666 >< 0.666668
-    0.00000012 <- 1.2 \times 10^{-7} >< 0.00000034 && \frac{1}{3} <- 0.333333 >< 0.33 ;; 0.33333
-    \frac{1}{12} <- 0.0833333333333333 && 5 <- >< 4.9999998 ;; 5.0000001 && 4.5e33 <- 4.53e33 >< 4.6e33
-    1.4903e4 <- 14903 >< 1490.3 && 2^{-99} <- >< 2^{-98} ;; 0 && 10^{100} <- >< 10^{100}+1 && \$18.90 <- 18.9 >< 18.94
-    7.353e14 <- 7.353 x 10^14 && 2^{4181} <- >< 2^{4180} && 1e-8 <- 10^{-8} >< 2e-8 && 2.68 <- >< 2.683 ;; 2.7
-    2.83 <- >< 2\sqrt{2}""",
+    \frac{1}{12} <- 0.0833333333333333 && 5 <- >< 4.9999998 ;; 5.0000001 && 4.5e33 <- 4.53e33 >< 4.6e33""",
     "percent, degrees, units, money": r"""
-    15\mbox{ cm}^2 <- 15 ;; 15 \text{ cm}^2 >< 15 \text{ cm} ;; 15 \text{ m}^2 && 28\% <- 28 ;; 0.28 >< 2.8 ;; 0.28\%
-    13 \text{ mph} <- 13 \text{ miles per hour} >< 13 \text{ miles per minute} && 90^\circ <- 90 ;; 90^{\circ} >< 9
+    15\mbox{ cm}^2 <- 15 ;; 15 \text{ cm}^2 >< 15 \text{ cm} ;; 15 \text{ m}^2 && 2 \text{ km} <- 2000 \text{ m} >< 2000
+    13 \text{ mph} <- 13 \text{ miles per hour} >< 13 \text{ miles per minute} && 28\% <- 28 ;; 0.28 >< 2.8 ;; 0.28\%
     40\text{ feet} <- 40 \text{ ft} ;; 40 feet >< 40 \text{ inches} && 34\text{ sq. units} <- 34 \text{ square units}
     3\sqrt{2}\text{ inches} <- 3\sqrt{2} >< 3\sqrt{2}\text{ cm} && 1 \text{ L} <- 1000 \text{ mL} ;; 1 >< 1 \text{ m}
     36 \text{ km/h} <- 10 \text{ m/s} ;; 36 >< 36 \text{ m/s} && \$32,\!348 <- 32348 ;; \$32{,}348 >< \$32,384
     12\text{ apples} <- 12 apples ;; 12 >< 12 \text{ oranges} && 5.4 \text{ cents} <- 5.4 ;; \$0.054 >< \$5.40
-    2 \text{ km} <- 2000 \text{ m} >< 2000 && 7 <- >< 7 \text{ is the answer} && 0.56 = 56\% <- 56\% >< 65\%
+    90^\circ <- 90 ;; 90^{\circ} >< 9 && 7 <- >< 7 \text{ is the answer} && 0.56 = 56\% <- 56\% >< 65\%
     \frac{\pi}{2} <- >< 90 && 17.5% <- 17.5\% && 90 <- 90^\circ""",
     "numerals, ratios, times": r"""
     \text{4:30 p.m.} <- 4:30 \text{ p.m.} ;; 4:30 PM ;; 4:30 >< 4:30 a.m. ;; 5:30 p.m. && 1:2:3 <- 1:2:3 >< 1:3:2
@@ -98,101 +94,97 @@ VERIFY_CASES = {
     204_5 <- 204_5 ;; 204_{5} >< 204_6 ;; 402_5 ;; 54 && 10:30 <- 10:30 \text{ a.m.} >< 10:20 \text{ a.m.}
     3:1 <- 3 : 1 ;; 6:2 ;; 3 >< 1:3 && 12:00 <- >< 1:00""",
     "algebra and equations": r"""
-    5x - 7y + 11z + 4 = 0 <- -10x + 14y - 22z = 8 >< 5x - 7y + 11z = 4 ;; 0 && x^2-1 <- (x-1)(x+1) >< (x-1)^2 ;; y^2-1
-    x^{\prime}+\frac{r}{V} x-r c=0 <- \frac{dx}{dt} + \frac{rx}{V} = rc && e^{i\pi/3} <- \frac12 + \frac{\sqrt3}{2} i
-    \binom{2n}{n} <- \frac{(2n)!}{n!\,n!} >< \frac{(2n)!}{n!} && I(0) e^{-\frac{t}{R C}} <- I(0) \exp(-t/(RC)) >< 0
-    y=2x+3 <- 2x+3 ;; y = 3 + 2x >< 2x + y + 3 = 0 && 1+\sqrt{3} i <- 1 + i\sqrt{3} >< i + \sqrt{3} && |3+4i| <- 5
+    x^{\prime}+\frac{r}{V} x-r c=0 <- \frac{dx}{dt} + \frac{rx}{V} = rc && 1+\sqrt{3} i <- 1 + i\sqrt{3} >< i + \sqrt{3}
     \ln(ab) <- \ln a + \ln b >< \ln a \ln b && f(x)=x+1 <- x+1 ;; f(x)=1+x >< f(x)=x-1 && x^2/4+y^2/3=1 <- 3x^2+4y^2=12
+    5x - 7y + 11z + 4 = 0 <- -10x + 14y - 22z = 8 >< 5x - 7y + 11z = 4 ;; 0 && x^2-1 <- (x-1)(x+1) >< (x-1)^2 ;; y^2-1
     \sin 2x <- 2\sin x\cos x >< 2\sin x && x_1 + x_2 <- x_2 + x_1 >< x_1 + x_3 && 5 <- x=5 ;; x=3+2=5 >< x=5=6 ;; 5=5
+    \binom{2n}{n} <- \frac{(2n)!}{n!\,n!} >< \frac{(2n)!}{n!} && I(0) e^{-\frac{t}{R C}} <- I(0) \exp(-t/(RC)) >< 0
     e^{-t}\cos t <- \frac{\cos(t)}{e^t} && \frac{n(n+1)}{2} <- \binom{n+1}{2} && MR=SRMC <- MR = SRMC >< MR = SRAC
+    y=2x+3 <- 2x+3 ;; y = 3 + 2x >< 2x + y + 3 = 0 && e^{i\pi/3} <- \frac12 + \frac{\sqrt3}{2} i && |3+4i| <- 5
     k \ge 2 <- k \geqslant 2 >< k > 2 && x^2+y^2=13 <- >< x^2+y^2=31 ;; 13 && \sqrt{1/n} <- \frac{1}{\sqrt{n}}
-    \frac{1}{4p^2} <- (2p)^{-2} && \sqrt{x^2} <- |x| >< x && |x| <- >< x
-    2x <- 2 \cdot x >< x2x""",
+    \frac{1}{4p^2} <- (2p)^{-2} && \sqrt{x^2} <- |x| >< x && 2x <- 2 \cdot x >< x2x && |x| <- >< x""",
     "tuples, lists and sets": r"""
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} -2 & 7 \end{pmatrix} && \langle 1,2,3\rangle <- (1,2,3)
+    (15,-29) <- x = 15, y = -29 ;; (x, y) = (15, -29) >< (15, 29) ;; (15,-29,0) && 1,2,\ldots,n <- >< 1,3,5,\ldots,2n-1
+    3 <- \{3\} >< 3, 4 ;; 1, 2 \text{ or } 3 && y = \pm 2x <- y = 2x, y = -2x >< y = 2x && (2,3) <- >< [2,3] ;; \{2,3\}
+    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- \begin{bmatrix} -2 \\ 7 \end{bmatrix} && \text{A,C,F} <- A, C, F >< A, C
     (3, \frac{\pi}{2}) <- \left(3,\frac{\pi}{2}\right) ;; (3, \pi/2) >< (3, \frac{2\pi}{3}) ;; (\frac{\pi}{2}, 3)
+    \{1\pm\sqrt{5},-2\} <- \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} >< \{-2, 1+\sqrt{5}\} && \emptyset <- \varnothing >< 0
     \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} <- \left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]
+    (1,2),(2,1) <- (2,1),(1,2) >< (1,2),(1,2) ;; (1,2) && (1,2) + t(3,4) <- (1+3t, 2+4t) >< (1+4t, 2+3t)
     1 \pm \sqrt{19} <- 1+\sqrt{19}, 1-\sqrt{19} ;; 1 \mp \sqrt{19} >< 1 + \sqrt{19} ;; 1 \pm \sqrt{91}
     \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- >< 2\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
     \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} <- >< \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
     \begin{pmatrix} 2 & 4 \\ 6 & 8 \end{pmatrix} <- 2\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
-    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- >< \begin{pmatrix} -2 & 7 \end{pmatrix} && \langle 1,2,3\rangle <- (1,2,3)
-    \begin{pmatrix} -2 \\ 7 \end{pmatrix} <- \begin{bmatrix} -2 \\ 7 \end{bmatrix} && \text{A,C,F} <- A, C, F >< A, C
-    (15,-29) <- x = 15, y = -29 ;; (x, y) = (15, -29) >< (15, 29) ;; (15,-29,0) && 1,2,\ldots,n <- >< 1,3,5,\ldots,2n-1
-    \{1\pm\sqrt{5},-2\} <- \{-2, 1-\sqrt{5}, 1+\sqrt{5}\} >< \{-2, 1+\sqrt{5}\} && \emptyset <- \varnothing >< 0
-    (1,2),(2,1) <- (2,1),(1,2) >< (1,2),(1,2) ;; (1,2) && (1,2) + t(3,4) <- (1+3t, 2+4t) >< (1+4t, 2+3t)
     30^\circ <- >< 30^\circ \text{ or } 150^\circ && 5 <- >< k \in \mathbb{Z}, n \in \mathbb{Z}
-    3 <- \{3\} >< 3, 4 ;; 1, 2 \text{ or } 3 && y = \pm 2x <- y = 2x, y = -2x >< y = 2x && (2,3) <- >< [2,3] ;; \{2,3\}
     1,-2 <- -2, 1 ;; \{-2,1\} >< 1 ;; 1, 2 && (100,200) <- >< (100,201)""",
     "intervals and inequalities": r"""
-    (-\infty, 2) \cup (3, \infty) <- x < 2 \text{ or } x > 3 ;; (3,\infty)\cup(-\infty,2) >< (-\infty,2)
-    \emptyset <- \text{no solution} ;; \text{No real solutions} >< \text{one solution} && (5,\infty) <- >< 2(5,\infty)
+    \emptyset <- \text{no solution} ;; \text{No real solutions} >< \text{one solution} && (0,9) \cup (9,36) <- >< (0,36)
+    (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) && x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7
     (-\infty,3)\cup(3,\infty) <- x \ne 3 ;; \mathbb{R} \setminus \{3\} >< \mathbb{R} && (-2,1] <- \frac{x-1}{x+2} \le 0
     \mathbb{R} <- \text{all real numbers} >< \text{real numbers above } 0 && (-2,2) <- x^2 < 4 >< x^2 \le 4 ;; x^2 < 5
-    (-\infty,-1) \cup (3,\infty) <- (x-3)(x+1) > 0 >< (x-3)(x+1) \ge 0 && x < 1 <- -x > -1 ;; 2x < 2 >< x > -1
+    (5,\infty) <- >< 2(5,\infty) && [-2,2] <- >< x^2 \le 4.0001 && \emptyset <- >< x < \foo && [a+b, b] <- >< [b, a+b]
     f(2) < f(1) < f(4) <- f(4) > f(1) > f(2) >< f(1) < f(2) < f(4) && \{-1\} \cup [0,7) <- [0,7) \cup \{-1\} >< [0,7)
+    (-\infty,-1) \cup (3,\infty) <- (x-3)(x+1) > 0 >< (x-3)(x+1) \ge 0 && x < 1 <- -x > -1 ;; 2x < 2 >< x > -1
+    (-\infty, 2) \cup (3, \infty) <- x < 2 \text{ or } x > 3 ;; (3,\infty)\cup(-\infty,2) >< (-\infty,2)
     (3,4] <- 3 < x \le 4 ;; 4 \ge x > 3 >< 3 \le x \le 4 ;; (3,4) && [-2,1] <- >< \frac{x-1}{x+2} \le 0
-    (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) && (0,9) \cup (9,36) <- >< (0,36)
-    x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7 && [-2,2] <- >< x^2 \le 4.0001 && [a+b, b] <- >< [b, a+b]
-    \emptyset <- >< x < \foo && [0,4) <- \sqrt{x} < 2""",
+    [0,4) <- \sqrt{x} < 2""",
     "constants and equations": r"""
-    m l^2 \theta'' = -m g l \sin\theta <- \ddot\theta + \frac{g}{l}\sin\theta = 0 >< \theta'' = \frac{g}{l}\sin\theta
-    \{x \mid x=2k+1, k\in\mathbb{Z}\} <- \{2k+1 : k\in\mathbb{Z}\} ;; 2n+1, n\in\mathbb{Z} >< 2k, k\in\mathbb{Z}
-    2n\pi, n \in \mathbb{Z} <- \{2k\pi : k \in \mathbb{Z}\} ;; 2k\pi \text{ where } k \text{ is an integer}
-    \text{IV} <- \text{Quadrant IV} ;; \text{fourth quadrant} ;; IV >< VI ;; \text{third quadrant} && 5C <- >< 5K
-    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \left\{\frac{\pi}{2}+k\pi \mid k \in \mathbb{Z}\right\}
-    \text{III} <- III ;; \text{Quadrant 3} ;; \text{third quadrant} >< II ;; \text{Quadrant 2}
+    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \{\frac{\pi}{2}+n\pi : n \in \mathbb{Z}\} && \text{IV} <- >< \text{Quadrant I}
+    y = Ce^{3x} <- y = ce^{3x} ;; y = c e^{3x} >< y = ce^{2x} ;; y = e^{3x} && a^2+b^2-2ab\cos C <- >< a^2+b^2-2ab\cos c
     \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- >< \{\frac{\pi}{2}+2k\pi \mid k\in\mathbb{Z}\} && f(x) = x^2 <- >< f(t) = x^2
-    2k\pi\pm 1, k\in\mathbb{Z} <- 2n\pi \pm 1, n\in\mathbb{Z} >< 2k\pi+1, k\in\mathbb{Z}
-    y = C_1 e^x + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} >< y = c_1 e^x + c_1 e^{-x}
-    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \{\frac{\pi}{2}+n\pi : n \in \mathbb{Z}\}
-    y = Ce^{3x} <- y = ce^{3x} ;; y = c e^{3x} >< y = ce^{2x} ;; y = e^{3x} && -40^\circ <- -40^\circ F >< 40^\circ F
-    4\sqrt{3} <- 4\sqrt{3} cm ;; 4\sqrt{3} m >< 4\sqrt{3} x ;; 4\sqrt{2} cm && \text{IV} <- >< \text{Quadrant I}
-    m l^2 \theta'' = -m g l \sin\theta <- \theta'' = -\frac{g}{l}\sin\theta
+    m l^2 \theta'' = -m g l \sin\theta <- \ddot\theta + \frac{g}{l}\sin\theta = 0 >< \theta'' = \frac{g}{l}\sin\theta
+    4\sqrt{3} <- 4\sqrt{3} cm ;; 4\sqrt{3} m >< 4\sqrt{3} x ;; 4\sqrt{2} cm && -40^\circ <- -40^\circ F >< 40^\circ F
     y''+9y=0 <- y''(t)+9y(t)=0 ;; 2y''+18y=0 >< y''+3y=0 ;; y''+9y'=0 && y = C e^{2x} <- y = K e^{2x} >< y = K e^{3x}
     9\pi <- 9\pi cm^2 ;; 9\pi \text{ cm}^2 >< 9\pi x ;; 9 cm && y' = k y <- y'(x) = k y(x) >< y' = C y ;; y'' = k y
-    a^2+b^2-2ab\cos C <- >< a^2+b^2-2ab\cos c""",
+    \text{IV} <- \text{Quadrant IV} ;; \text{fourth quadrant} ;; IV >< VI ;; \text{third quadrant} && 5C <- >< 5K
+    \{x \mid x=2k+1, k\in\mathbb{Z}\} <- \{2k+1 : k\in\mathbb{Z}\} ;; 2n+1, n\in\mathbb{Z} >< 2k, k\in\mathbb{Z}
+    2n\pi, n \in \mathbb{Z} <- \{2k\pi : k \in \mathbb{Z}\} ;; 2k\pi \text{ where } k \text{ is an integer}
+    \frac{\pi}{2}+k\pi, k\in\mathbb{Z} <- \left\{\frac{\pi}{2}+k\pi \mid k \in \mathbb{Z}\right\}
+    \text{III} <- III ;; \text{Quadrant 3} ;; \text{third quadrant} >< II ;; \text{Quadrant 2}
+    2k\pi\pm 1, k\in\mathbb{Z} <- 2n\pi \pm 1, n\in\mathbb{Z} >< 2k\pi+1, k\in\mathbb{Z}
+    y = C_1 e^x + C_2 e^{-x} <- y = c_1 e^x + c_2 e^{-x} >< y = c_1 e^x + c_1 e^{-x}
+    m l^2 \theta'' = -m g l \sin\theta <- \theta'' = -\frac{g}{l}\sin\theta""",
     "text and multiple choice": r"""
     \text{Monday} <- Monday ;; \text{monday} >< \text{Sunday} && \text{ellipse} <- >< \text{an ellipse or a circle}
     \text{(C)} <- C ;; (C) >< D ;; A, C && \text{even} <- even >< odd ;; neve && 42 <- (C) 42 >< (C) 24
     LQSX <- LQSX >< QLSX && \cot x <- \cot(x) && \text{13} <- 13""",
     "learnt from disagreements": r"""
-    (-\infty, 0) \cup\{1\} <- x<0 \text{ or } x=1 >< x<0 \text{ or } x=2 ;; x \le 0 \text{ or } x=1 && x<1 <- >< |x|<1
+    (-\infty, 0) \cup\{1\} <- x<0 \text{ or } x=1 >< x<0 \text{ or } x=2 ;; x \le 0 \text{ or } x=1 && (2,1) <- y=1, x=2
+    \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} <- \begin{pmatrix} 1000 \\ 2 \end{pmatrix} && \frac{1}{2} <- >< \frac{s}{2}
+    \left\lfloor\log _{2} n\right\rfloor+1 <- 1 + \lfloor \log_2(n) \rfloor && x \leq 5 <- >< x \leq 5, x \in \mathbb{Z}
+    \lfloor\sqrt{n-1}\rfloor <- >< \lfloor n/2 \rfloor && \sqrt{2} <- \frac{\sqrt{2}}{\sin{90^\circ}} && x<1 <- >< |x|<1
+    1, 1, -2 <- -2, 1, 1 >< 1, -2 ;; 1, -2, -2 && 2:15 \text{ p.m.} <- >< 4:30 \text{ p.m.} && 5 <- 5 m >< 5 x ;; \foo 5
+    x > 3, x \le 4 <- >< \mathbb{R} && 1, -2 <- 1, -2, -2 >< 1, -2, -3 && 2^{9999}+1 <- >< 2^{9999} && x > 0 <- >< y > 0
+    \log 100 <- \ln 100 >< 3 && \{1, 1, 2\} <- \{1, 2\} && 1,2,3 <- >< 1,2,3,... && |x-500| <- >< 500-x && 3,4 <- >< 3.4
     9.8 \text{ m/s}^2 <- 9.8 m/s^2 ;; 9.8 \frac{\text{m}}{\text{s}^2} >< 9.8 \text{ m/s} && \mathbb{Z} <- >< \mathbb{N}
-    \begin{pmatrix} 1,000 \\ 2 \end{pmatrix} <- \begin{pmatrix} 1000 \\ 2 \end{pmatrix} && (1,2,3) <- >< z=1, y=2, x=3
-    \left\lfloor\log _{2} n\right\rfloor+1 <- 1 + \lfloor \log_2(n) \rfloor && \{x \in \mathbb{R} : |x| < 2\} <- (-2,2)
+    \{x \in \mathbb{R} : |x| < 2\} <- (-2,2) && (0,3) <- >< \{x \in \mathbb{Z} : 0<x<3\} && (1,2,3) <- >< z=1, y=2, x=3
+    100,200 <- 200,100 && 2x' <- {2x^\prime} && 1 = \foo = 5 <- 5 && -2\frac12 <- -2.5 && x^2=4 <- >< x=2 && 6m <- >< 6
+    6 <- \text{six} ;; six >< \text{nine} && n < 5, n \in \mathbb{Z} <- >< n < 5 && \sin^{-1} x <- >< \frac{1}{\sin x}
     34 \text{ square inches} <- 34 \text{ in}^2 >< 34 \text{ inches} && (3,2),(-3,2),(3,-2),(-3,-2) <- (\pm 3, \pm 2)
     A <- \text{A. } 15 ;; \text{(A) } 15 >< \text{B. } 15 && 10 <- 5 + 5 = 10 >< 10 \text{ to } 20 ;; 10 = 5 + 6
-    \lfloor\sqrt{n-1}\rfloor <- >< \lfloor n/2 \rfloor && \sqrt{2} <- \frac{\sqrt{2}}{\sin{90^\circ}} && 11 <- x=5+6=11
-    x \leq 5 <- >< x \leq 5, x \in \mathbb{Z} && 2:15 \text{ p.m.} <- >< 4:30 \text{ p.m.} && 5 <- 5 m >< 5 x ;; \foo 5
-    (0,3) <- >< \{x \in \mathbb{Z} : 0<x<3\} && n < 5, n \in \mathbb{Z} <- >< n < 5 && \frac{1}{2}x <- >< \frac{1}{2x}
-    \sin^{-1} x <- >< \frac{1}{\sin x} && AB=12+12\sqrt{3} <- 12+12\sqrt{3} && \int_0^1 x dy <- >< \int_0^1 y dx
-    x > 3, x \le 4 <- >< \mathbb{R} && 1, -2 <- 1, -2, -2 >< 1, -2, -3 && \frac{1}{2} <- >< \frac{s}{2} && 23 <- >< 2 3
-    1, 1, -2 <- -2, 1, 1 >< 1, -2 ;; 1, -2, -2 && 2^{9999}+1 <- >< 2^{9999} && \log 100 <- \ln 100 >< 3
-    \{1, 1, 2\} <- \{1, 2\} && |x-500| <- >< 500-x && 100,200 <- 200,100 && 2x' <- {2x^\prime} && (2,1) <- y=1, x=2
-    x > 0 <- >< y > 0 && 1 = \foo = 5 <- 5 && -2\frac12 <- -2.5 && x^2=4 <- >< x=2 && 3,4 <- >< 3.4 && 3 <- >< m+m+m
-    6 <- >< x=5=6 && -2^2 <- >< 4 && 6m <- >< 6
-    1,2,3 <- >< 1,2,3,... && 6 <- \text{six} ;; six >< \text{nine}""",
+    AB=12+12\sqrt{3} <- 12+12\sqrt{3} && \int_0^1 x dy <- >< \int_0^1 y dx && \frac{1}{2}x <- >< \frac{1}{2x}
+    11 <- x=5+6=11 && 3 <- >< m+m+m && 6 <- >< x=5=6 && 23 <- >< 2 3 && -2^2 <- >< 4""",
     "unknown functions and open ends": r"""
     -80\leq g(x)\leq 82 <- [-80, 82] >< -80\leq g(x)\leq 83 && f(2)+f(3) <- f(3)+f(2) >< f(2)+g(3)
-    (3,-3) <- >< \emptyset && 2x < 2 <- >< 2x \le 2
-    f(x)=2x <- y=2x >< y=3x ;; z=2x""",
+    f(x)=2x <- y=2x >< y=3x ;; z=2x && (3,-3) <- >< \emptyset && 2x < 2 <- >< 2x \le 2""",
     "gaming": r"""
-    5 <- >< answer ;; x ;; \text{5 or 6} ;; 5 \pm 1 ;; 5 \text{ or anything} ;; 1,2,3,4,5,6,7,8,9
-    5 <- >< \text{the correct answer} ;; 5x ;; 5 + 0x + ;; \_\_ ;; \infty ;; \frac{0}{0} ;; nan
     \text{unparsable ( gold} <- \text{unparsable ( gold} >< 5 && \sum_{k} a_k <- \sum_{k} a_k >< \sum_{k} b_k
     5 <- >< __import__('os').system('true') ;; (lambda: 5)() && \infty <- +\infty >< -\infty ;; 10^{400}
+    5 <- >< answer ;; x ;; \text{5 or 6} ;; 5 \pm 1 ;; 5 \text{ or anything} ;; 1,2,3,4,5,6,7,8,9
+    5 <- >< \text{the correct answer} ;; 5x ;; 5 + 0x + ;; \_\_ ;; \infty ;; \frac{0}{0} ;; nan
     f(x)=0 <- >< \forall x>0, f(x)=0""",
     "choices, bases, left sides": r"""
+    1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178 && B <- \text{B) It is halved} >< \text{D) It is halved}
+    A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A && \frac{t+4}{3} <- >< h^{-1}(t)=\frac{t-4}{3}
+    5 <- \text{The answer is } 5 >< \text{The answer is not } 5 && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
     \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- \mathbf{A}^{-1}=\begin{bmatrix} 1 & -1 \\ 0 & 1 \end{bmatrix}
     8 <- \sum_{k=1}^{3} a_k = 8 ;; \lim_{x \to 0} f(x) = 8 >< \sum_{k=1}^{8} a_k = 3 ;; \sum_{k=1}^{3} a_k < 8
     \begin{pmatrix} 1 & -1 \\ 0 & 1 \end{pmatrix} <- >< A^{-1}=\begin{pmatrix} 1 & 1 \\ 0 & 1 \end{pmatrix}
+    60 <- m\angle ABC = 60^\circ >< m\angle ABC = 50^\circ && 9 <- a+b=9 ;; \gcd(18,27)=9 >< a+b=8 ;; x^2=9
     12 <- \operatorname{lcm}(4,6)=12 ;; AB + CD = 12 >< 2y = 12 ;; y^2 = 12 ;; AB + CD = 21 ;; \cos x = 12
-    \frac{t+4}{3} <- h^{-1}(t)=\frac{t+4}{3} ;; h^{-1}(t) = \frac{1}{3}t+\frac43 >< h(t) = 3t-4
-    A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A && \frac{t+4}{3} <- >< h^{-1}(t)=\frac{t-4}{3}
-    1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178 && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
-    5 <- \text{The answer is } 5 >< \text{The answer is not } 5 && 9 <- a+b=9 ;; \gcd(18,27)=9 >< a+b=8 ;; x^2=9
-    60 <- m\angle ABC = 60^\circ >< m\angle ABC = 50^\circ && B <- \text{B) It is halved} >< \text{D) It is halved}
-    3F_{16} <- 3F_{16} ;; 3F >< F3_{16} ;; 63 && \frac13 <- >< x^{-1}=\frac13 && 0 <- >< 2x - y + 4 = 0""",
+    3F_{16} <- 3F_{16} ;; 3F >< F3_{16} ;; 63 && \frac13 <- >< x^{-1}=\frac13 && 0 <- >< 2x - y + 4 = 0
+    \frac{t+4}{3} <- h^{-1}(t)=\frac{t+4}{3} ;; h^{-1}(t) = \frac{1}{3}t+\frac43 >< h(t) = 3t-4""",
     "and, or behind a unit": r"""
     60^\circ, 120^\circ <- 60^\circ \text{ and } 120^\circ ;; 60^{\circ} \text{ or } 120^{\circ} >< 60^\circ
     6 \text{ cm}, 8 \text{ cm} <- 6\text{ cm and }8\text{ cm} ;; 6 \text{ cm} \text{ and } 8 \text{ cm}
@@ -200,27 +192,27 @@ VERIFY_CASES = {
     \text{A, D} <- \text{A and D} ;; \text{(A) and (D)} >< \text{A and C} ;; \text{A}
     15\%, 20\% <- 15\% \text{ and } 20\% ;; 15% or 20% >< 15\% \text{ and } 25\%""",
     "one value in two forms": r"""
+    20^\circ \text{C} <- 20^\circ C ;; 20°C >< 20^\circ \text{F} ;; 68^\circ C && \frac{5}{6} <- 0.8333\ldots >< 0.8333
+    \frac{7}{9} <- 0.777\ldots ;; 0.7777... >< 0.777 ;; 0.707\ldots && \sec x <- \frac{1}{\cos x} >< \csc x ;; \cos x
+    \frac{\sqrt3}{2}+\frac{i}{2} <- >< \operatorname{cis} 60^\circ && 35 <- C(7,3) ;; \binom73 >< C(7,2) ;; {}_7C_2
     \frac{3}{4} <- \frac34 = 0.75 ;; 0.75 = \frac{3}{4} >< 0.75 = \frac{4}{3} ;; \frac{3}{4} \text{ or } 0.8
     \frac{\sqrt3}{2}+\frac{i}{2} <- \operatorname{cis} 30^\circ ;; \text{cis}\left(\frac{\pi}{6}\right)
     \frac{2}{3} <- 0.666\ldots ;; \frac23 = 0.667 ;; 0.67 = 2/3 ;; \frac{2}{3} (\approx 0.667) >< 0.667
     (-\infty,-1)\cup(4,\infty) <- >< (-\infty,-1] \text{ or } (4,\infty) ;; (-\infty,-1)
     (-\infty,-1)\cup(4,\infty) <- x \in (-\infty,-1) \text{ or } x \in (4,\infty)
     101 <- 101 \text{ or } 101.0 >< 100 \text{ or } 101 ;; 101 \text{ or } 100.5
-    20^\circ \text{C} <- 20^\circ C ;; 20°C >< 20^\circ \text{F} ;; 68^\circ C && \frac{5}{6} <- 0.8333\ldots >< 0.8333
     2 <- \sec 60^\circ ;; \sec\frac{\pi}{3} >< \sec 30^\circ ;; \cos 60^\circ
     \frac{2}{3} <- >< \frac23 = \frac13 ;; \frac23 \text{ or } 0.76 ;; 0.67
-    \frac{7}{9} <- 0.777\ldots ;; 0.7777... >< 0.777 ;; 0.707\ldots && \sec x <- \frac{1}{\cos x} >< \csc x ;; \cos x
-    \frac{\sqrt3}{2}+\frac{i}{2} <- >< \operatorname{cis} 60^\circ && 35 <- C(7,3) ;; \binom73 >< C(7,2) ;; {}_7C_2
     \binom{n}{2} <- C(n,2) ;; C_n^2 ;; {}_nC_2 >< C(2,n) ;; C_n^3""",
     "integers, dimensions, measured golds": r"""
     2 \times 5 \times 6 <- 2 \times 5 \times 6 ;; 6 \times 5 \times 2 >< 3 \times 4 \times 5 ;; 1 \times 6\times 10
-    \lfloor n/2 \rfloor <- \frac{n}{2}-\frac{1-(-1)^n}{4} ;; \lfloor \frac{n}{2} \rfloor >< \frac{n-1}{2}
-    \lceil n/2 \rceil <- \lfloor (n+1)/2 \rfloor >< \lfloor n/2 \rfloor ;; \lfloor n/2 \rfloor + 1
-    \lfloor x \rfloor <- -\lceil -x \rceil >< x ;; \lceil x \rceil ;; \lceil x \rceil - 1
     18.94 \text{ g} <- 18.936 \text{ g} >< 18.93 \text{ g} ;; 18.9 && \sum_{k=1}^n k <- >< \frac{n(n-1)}{2} ;; n^2
+    2.683 <- 2.6834 >< 2.6836 ;; 2.684 && 3.375 <- 27/8 >< 3.3752 ;; 3.3749 && n! <- n(n-1)! >< n(n-1) ;; (n-1)!
     12.47 \text{ kg} <- 12.468 \text{ kg} >< 12.5 kg ;; 12.48 kg && 1.75 <- 1.75 ;; \frac74 >< 1.748 ;; 1.754
+    \lfloor n/2 \rfloor <- \frac{n}{2}-\frac{1-(-1)^n}{4} ;; \lfloor \frac{n}{2} \rfloor >< \frac{n-1}{2}
     (-1)^n <- \cos(n\pi) ;; (-1)^{n+2} >< (-1)^{n+1} ;; 1 && 6.02e23 <- 6.022 \times 10^{23} >< 6.1e23
-    2.683 <- 2.6834 >< 2.6836 ;; 2.684 && 3.375 <- 27/8 >< 3.3752 ;; 3.3749 && n! <- n(n-1)! >< n(n-1) ;; (n-1)!""",
+    \lceil n/2 \rceil <- \lfloor (n+1)/2 \rfloor >< \lfloor n/2 \rfloor ;; \lfloor n/2 \rfloor + 1
+    \lfloor x \rfloor <- -\lceil -x \rceil >< x ;; \lceil x \rceil ;; \lceil x \rceil - 1""",
 }
 
 
@@ -1039,41 +1031,6 @@ def test_data_command_line(tmp_path, capsys):
         data.main([str(path)])
 
 
-@pytest.mark.parametrize("kind, spare", [("jsonl", 4), ("parquet", 12)])
-def test_a_file_is_never_in_memory_twice(tmp_path, request, kind, spare):
-    """The peak stays near what the problems hold, a tenth of the file, so that a reader that holds it shows at once."""
-    slow = request.config.getoption("--runslow", default=False) and kind == "jsonl"
-    path, count = tmp_path / f"a.{kind}", (2 << 30 if slow else 40 << 20) // 30_000
-    row = {"prompt": "Q?", "gold": 7, "completion": "t" * 2900, "extra": "u" * 27_000}
-    if kind == "parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pq.write_table(pa.Table.from_pylist([row] * count), path, use_dictionary=False, row_group_size=100)
-    else:
-        path.write_text((json.dumps(row) + "\n") * count)
-    tracemalloc.start()
-    problems, peak = data_load(path)[0], tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(problems) == count and peak < 1.25 * count * 2900 + (spare << 20)
-
-
-@pytest.mark.parametrize("name, problems, traces, gold, level", [
-    ("gsm8k_test.jsonl", 1319, 1319, "18", ""), ("math500.jsonl", 500, 0, r"\left( 3, \frac{\pi}{2} \right)", "2"),
-    ("aime24.jsonl", 30, 0, "204", ""), ("amc23.jsonl", 40, 0, "27", ""),
-    ("minerva_math.jsonl", 272, 0, "1.6", "Introduction to Astronomy (8.282J Spring 2006)"),
-    ("olympiadbench.jsonl", 675, 0, "2", "Combinatorics"), ("math_cot_100.jsonl", 100, 800, "420", "Level 3"),
-    ("math8k_train.parquet", 8521, 0, "118", "5"), ("verl_schema_valid.parquet", 2019, 0, "204", "aime")])
-def test_real_files(name, problems, traces, gold, level):
-    """math8k has 8,523 rows; the answers of rows 5055 and 5159 are empty. No gold looks like a sentence."""
-    if not (REAL / name).exists():
-        pytest.skip(f"{REAL / name} is absent; set RED_DATA to a folder that has it")
-    found, line = data_load(REAL / name, read_answer=lambda text: "a sentence")
-    assert len(found) == problems and sum(len(p.traces) for p in found) == traces
-    assert (found[0].gold, found[0].level) == (gold, level) and "a sentence" not in [p.gold for p in found]
-    assert ("2 rows without an answer skipped (first math8k_train.parquet:5055)" in line) == name.startswith("math8k")
-    assert all(p.system.startswith("Your task is to follow") for p in found) == name.startswith("verl")
-    assert name != "gsm8k_test.jsonl" or all(data.last_box(p.traces[0]) == p.gold for p in found)
-
-
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
@@ -1148,7 +1105,7 @@ def test_encode():
 
 
 def test_queue_loses_and_repeats_nothing():
-    """Every index once per epoch, some of them given back, other pools apart; the state is all. Pinned: old runs."""
+    """Every index once per epoch, some given back, other pools apart; the state is all. Pinned: old runs."""
     queue, resumed = (data.Queue({"all": range(12), "traced": [3, 5, 8]}, seed=7) for _ in range(2))
     used, unused, traced = queue.take("all", 5), queue.take("all", 6), queue.take("traced", 2)
     queue.give_back(unused + traced)
@@ -1441,13 +1398,13 @@ def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
     assert row["mean_se"] == pytest.approx(right.mean(1).std(ddof=1) / 12 ** 0.5)
 
 
-def test_stopped_in_every_way_ends_with_the_same_weights(tmp_path, request):
+def test_stopped_in_every_way_ends_with_the_same_weights(tmp_path):
     """Two signals: exit 130 at once. SIGTERM: 0 after the phase. Then kill -9 at any moment. Resumed each time."""
     argv = [*SMALL, "--updates", "12", "--save-every", "1", "--eval-every", "3", "--max-new-tokens", "40"]
     assert red.main(["--out", str(tmp_path / "a"), *argv]) == 0
     run, rng = tmp_path / "b", np.random.default_rng(0)
-    kills = 20 if request.config.getoption("--runslow", default=False) else 2
-    ways = [([signal.SIGINT, signal.SIGTERM], 130), ([signal.SIGTERM], 0), *[([signal.SIGKILL], -9)] * kills]
+    kills = [([signal.SIGKILL], -9)] * int(os.environ.get("RED_KILLS", 2))
+    ways = [([signal.SIGINT, signal.SIGTERM], 130), ([signal.SIGTERM], 0), *kills]
     for signals, code in ways:
         again = ["--resume", run] if (run / "config.json").exists() else ["--out", run, *argv]
         process = subprocess.Popen([sys.executable, HERE / "red.py", *again], stdout=subprocess.PIPE, text=True,
@@ -1735,7 +1692,7 @@ def test_readme_names_are_those_of_the_code(folder, monkeypatch, capsys):
     source = (HERE / "red.py").read_text()
     for f in dataclasses.fields(red.Config):
         assert f.metadata["help"] and re.search(rf"\bcfg\.{f.name}\b|\"{f.name}\"", source), f"{f.name} is read nowhere"
-    assert set(itertools.chain(*red.PRESETS.values())) <= set(red.Config.__dataclass_fields__)
+    assert {*itertools.chain(*red.PRESETS.values())} <= set(red.Config.__dataclass_fields__)
     readme, results = (HERE / "README.md").read_text(), (HERE / "assets" / "results.md").read_text()
     flags = {"red.py": {red.flag(name) for name in red.Config.__dataclass_fields__}}
     monkeypatch.setattr(sys, "argv", ["", "--help"])
@@ -2242,12 +2199,3 @@ def test_bench_base_recipe_lowers_the_loss_and_made_the_base(tmp_path, capsys):
     for folder, low, high in ((tmp_path, 1.0, 2.5), (red.BASE, 0.1, 0.2)):    # nats per token
         logp, *_, mask = rapid.response_logps(AutoModelForCausalLM.from_pretrained(folder), traces)
         assert low < -float(logp.detach().sum() / mask.sum()) < high
-
-
-def pytest_addoption(parser):
-    """A test file has no options of its own under plain pytest, so `python test_red.py --runslow` starts pytest."""
-    parser.addoption("--runslow", action="store_true", help="the long versions: 20 kills, 10,000 mutated rows, 2 GB")
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]], plugins=[sys.modules[__name__]]))
