@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     prompt: str                    # the user's text
     gold: str                      # the answer as the dataset writes it

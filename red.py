@@ -49,7 +49,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -163,10 +163,9 @@ BASE = Path(__file__).parent / "assets/base"      # the built-in base policy
 MAX_SKIPPED = 3            # updates in a row with a gradient that is not finite, before the run gives up
 VLLM = "0.32."             # the release of requirements.txt; its source was read for the engine below
 SHOWN = ("reward", "entropy", "lam", "ess", "loss")     # on the progress line
-# --resume may change these. All but updates keep the weights but for rounding; updates extends the run, from the end of
-# a full phase as if it had been longer from the start.
-FREE_ON_RESUME = {"resume", "updates", "eval_every", "save_every", "tokens_per_microbatch", "sample_rows",
-                  "grad_checkpointing", "gpu_memory_utilization"}
+# --resume may change these: they keep the weights but for rounding.
+FREE_ON_RESUME = {"resume", "eval_every", "save_every", "tokens_per_microbatch", "sample_rows", "grad_checkpointing",
+                  "gpu_memory_utilization"}
 
 
 class Stop(Exception):
@@ -179,7 +178,8 @@ def flag(name):
 
 
 def parse(argv):
-    """Command line -> (Config, the flags given). Flags come first, then the preset, then the defaults above."""
+    """Command line -> Config. A flag that is given counts; else, with --resume, what the run was started with, without
+    it the preset; else the defaults above."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind = dict(type=f.type, choices=f.metadata["words"])
@@ -190,16 +190,16 @@ def parse(argv):
     if unknown:
         raise Stop(f"{unknown[0]}: there is no such flag; --help lists all")
     given = vars(known)
-    preset = given.get("preset", "")
-    if not preset and not given.get("model") and given.get("train", "builtin") == "builtin":
-        preset = "builtin"                               # for the built-in model alone
-    cfg = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
+    if given.get("resume"):
+        below = settings_to_resume(given)
+    else:
+        if not given.get("model") and given.get("train", "builtin") == "builtin":
+            given.setdefault("preset", "builtin")        # for the built-in model alone
+        below = PRESETS.get(given.get("preset"), {})
+    cfg = Config(**below | given)
+    cfg.out = cfg.resume or cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
     check(cfg)
-    names = list(vars(cfg))
-    for name in names[:names.index("dtype")]:            # the settings of training come first
-        if cfg.eval_only and name in given:
-            raise Stop(f"{flag(name)}: has no effect beside --eval-only; leave it out")
-    return cfg, given
+    return cfg
 
 
 def check(cfg):
@@ -1092,30 +1092,21 @@ def draw_curves(path):
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. main
-def settle(cfg, given):
-    """Where the run lives: a new directory, or with --resume the old one with the settings it was started with.
-    -> the Config to run with, `out` filled in. Stop: the directory is taken, or a flag contradicts the run's settings.
-    """
-    if not cfg.resume:
-        out = cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
-        if checkpoints(out):
-            raise Stop(f"--out: {out} already holds a run; continue it with --resume {out}, or give another directory")
-        return replace(cfg, out=out)
-    saved = {}
+def settings_to_resume(given):
+    """The settings that the run was started with, as a dict. Stop: there is no run, or a flag contradicts them."""
+    run, saved = given["resume"], {}
     with contextlib.suppress(OSError, ValueError):
-        saved = json.loads((Path(cfg.resume) / "config.json").read_text()).get("settings", {})
-    if saved.keys() != vars(cfg).keys():
-        raise Stop(f"--resume: found {'a run of another version' if saved else 'no run'} in {cfg.resume}; give a run "
+        saved = json.loads(Path(run, "config.json").read_text()).get("settings", {})
+    if saved.keys() != Config.__dataclass_fields__.keys():
+        raise Stop(f"--resume: found {'a run of another version' if saved else 'no run'} in {run}; give a run "
                    "directory that this red.py has written")
+    # From the end of a full phase more updates are as if the run had been longer from the start. Not with a cool-down.
+    free = FREE_ON_RESUME if saved["cooldown"] else FREE_ON_RESUME | {"updates"}
     for name, value in given.items():
-        if value != saved[name] and name not in FREE_ON_RESUME:
-            raise Stop(f"{flag(name)}: found {value!r}, but {cfg.resume} was started with {saved[name]!r}; "
-                       "leave the flag out, or start a new run")
-    cfg = Config(**{**saved, **given, "out": cfg.resume})
-    if cfg.updates != saved["updates"] and cfg.cooldown:
-        raise Stop(f"--updates: {cfg.resume} has a cool-down, which ends at update {saved['updates']}; "
-                   "leave the flag out, or start a new run")
-    return cfg
+        if value != saved[name] and name not in free:
+            raise Stop(f"{flag(name)}: found {value!r}, but {run} was started with {saved[name]!r}, which cannot "
+                       "change now; leave the flag out, or start a new run")
+    return saved
 
 
 def load_problems(cfg, log):
@@ -1130,21 +1121,23 @@ def load_problems(cfg, log):
     elif not cfg.eval_only:
         train = data.load(cfg.train, trace_key=cfg.trace_key, **how,
                           check_trace=lambda trace, gold: verify.verify(trace, gold=gold).correct)
-    for i in [i for i, p in enumerate(train) if p.traces][cfg.traced_problems or len(train):]:
-        train[i] = replace(train[i], traces=())
+    traced = [problem for problem in train if problem.traces]
+    for problem in traced[cfg.traced_problems or len(traced):]:
+        problem.traces = ()
     return train, data.evaluation_sets(cfg.eval, train, samples=cfg.samples, limit=cfg.eval_limit, **how)
 
 
 def launch(argv):
     """A whole run, from the command line to the saved model; main() turns its exceptions into exit codes."""
-    cfg, given = parse(argv)
+    cfg = parse(argv)
     import transformers                                          # takes seconds, which --help need not wait for
     transformers.utils.logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")     # fewer fragments
     ranks = Ranks()
     log = print_nothing if ranks.rank else say
-    cfg = settle(cfg, given)
+    if checkpoints(cfg.out) and not cfg.resume:
+        raise Stop(f"--out: {cfg.out} already holds a run; go on with --resume {cfg.out}, or give another directory")
     ranks.gather(None)                                           # all have looked before the first one writes
     if cfg.preset == "builtin":
         torch.set_num_threads(1)         # for a tiny model two threads wait for each other longer than they work
