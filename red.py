@@ -265,7 +265,7 @@ def offline_advantage(correct, eps=1e-6):
     correct: the checker's 0 or 1 for each of the G responses. The more are right, the less the trace counts: 0 when
     all are."""
     r = np.array([*correct, 1.0])                                                        # [G+1]
-    return float((r[-1] - r.mean()) / (r.std() + eps))
+    return (r[-1] - r.mean()) / (r.std() + eps)
 
 
 def offline_loss(logp, slope, mask, adv, beta, *, traces):
@@ -285,13 +285,14 @@ def offline_loss(logp, slope, mask, adv, beta, *, traces):
 
 
 # ------------------------------------------------------------------------------------------------------- 3. one update
-# A data.Problem is text. A data.Item is a problem as token ids. A rapid.Rollout is one sampled response to it.
+# A data.Problem is text. A data.Item is a problem as token ids. A rapid.Rollout is one sampled response to it; as soon
+# as it is checked it also has a `verdict`, the checker's.
 @dataclass
 class Group:
     """An item with the model's own responses to it. A rank holds whole groups: Eq. (2), (8) and (10) need all G."""
     index: int          # of the item in the training set
     rollouts: list      # G rapid.Rollout; none with --algo sft
-    correct: list       # the checker's 0 or 1 for each: a(x) of Eq. (8), also where the reward is another
+    correct: list       # the checker's True or False for each: a(x) of Eq. (8), also where the reward is another
 
 
 @dataclass
@@ -308,20 +309,20 @@ def choose_traces(cfg, items, groups, update):
     """This rank's traces of one update: of each group whose problem has one, with Eq. (8) and (10) by that group."""
     traces = []
     for g in groups:
-        options = items[g.index].traces
-        if options and cfg.algo in ("red", "sft"):
-            k = data.seed_of(cfg.seed, "trace", update, g.index) % len(options)          # one per visit
-            accuracy = float(np.mean(g.correct or 0.0))
+        item = items[g.index]
+        if item.traces and cfg.algo in ("red", "sft"):
+            k = data.seed_of(cfg.seed, "trace", update, g.index) % len(item.traces)      # one per visit
+            accuracy = np.mean(g.correct or 0.0)
             beta = teacher_weight(accuracy, cfg.policy_shift, cfg.shift_gamma)
-            traces.append(Trace(items[g.index].prompt, options[k], accuracy, offline_advantage(g.correct), beta))
+            traces.append(Trace(item.prompt, item.traces[k], accuracy, offline_advantage(g.correct), beta))
     return traces
 
 
 def add_trace_gradient(cfg, model, traces, total):
     """Add the gradient of this rank's traces to p.grad -> sums for metrics.
     total, over all ranks and known before the first micro-batch: M of Eq. (11); with --algo sft the trace tokens."""
-    sft = cfg.algo == "sft"                              # SFT has no sampler to agree with: its temperature is 1
-    temperature = 1.0 if sft else cfg.temperature
+    sft = cfg.algo == "sft"
+    temperature = 1.0 if sft else cfg.temperature        # SFT has no sampler to agree with
     sums, lengths = {}, [len(t.prompt) + len(t.response) for t in traces]
     for batch in rapid.micro_batches(lengths, cfg.tokens_per_microbatch):
         rows = [traces[i] for i in batch]
@@ -331,8 +332,8 @@ def add_trace_gradient(cfg, model, traces, total):
         if sft:
             loss = -(logp * mask).sum() / total          # plain cross-entropy, as a mean over all tokens            []
         loss.backward()
-        rapid.add_metrics(sums, dict(loss=loss.item(), h_off=h_off.item(), rho_sum=rho.item(),
-                                     entropy_sum=entropy.sum().item(), tokens=mask.sum().item()))
+        part = dict(loss=loss, h_off=h_off, rho=rho, entropy=entropy.sum(), tokens=mask.sum())
+        rapid.add_metrics(sums, {name: value.item() for name, value in part.items()})
     return sums
 
 
@@ -347,16 +348,16 @@ def red_gradient(cfg, model, items, groups, state, ranks):
 
     # 1. The offline term, Eq. (8) to (11), alone in p.grad, then set aside.
     traces = choose_traces(cfg, items, groups, state.update + 1)
-    everyones = sum(ranks.gather([(len(t.response), t.accuracy, t.adv) for t in traces]), [])
+    everyones = sum(ranks.gather([(len(t.response), t.accuracy) for t in traces]), [])
     if everyones:
-        tokens, accuracy, adv = np.array(everyones).T                                    # [M] each
+        tokens, accuracy = np.array(everyones).T                                         # [M] each
         offline = ranks.sum(add_trace_gradient(cfg, model, traces, tokens.sum() if cfg.algo == "sft" else len(tokens)))
         ranks.sum_gradients(parameters)
-        metrics = dict(traces=len(tokens), entropy_off=offline["entropy_sum"] / offline["tokens"])
+        metrics = dict(traces=len(tokens), entropy_off=offline["entropy"] / offline["tokens"])
         if cfg.algo == "sft":
             return dict(metrics, loss=offline["loss"]), None, None
-        metrics.update(h_off=offline["h_off"], loss_off=offline["loss"], rho=offline["rho_sum"] / offline["tokens"],
-                       adv_off=adv.mean(), trace_accuracy=accuracy.mean(), trace_accuracy_std=accuracy.std())
+        metrics.update(h_off=offline["h_off"], rho=offline["rho"] / offline["tokens"],
+                       trace_accuracy=accuracy.mean(), trace_accuracy_std=accuracy.std())
         offline_grads = [p.grad for p in parameters]
         model.zero_grad()
 
@@ -395,8 +396,7 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
     # The learning rate warms up, stays, and falls to zero in the cool-down.
     warm = (state.update + 1) / max(1, cfg.warmup)
     left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * min(1.0, warm, left)
+    lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, warm, left)
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -412,7 +412,7 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
     optimizer.zero_grad()                                # an engine on the same card can use this memory
     if cuda:
         metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return dict(metrics, update=state.update, lr=group["lr"], grad_norm=norm_before, skipped=state.skipped > 0)
+    return dict(metrics, update=state.update, lr=lr, grad_norm=norm_before, skipped=state.skipped > 0)
 
 
 def check_gap(cfg, gap):
@@ -435,24 +435,23 @@ def judge(text, item, rollout):
     return verdict
 
 
-def reward_of(text, item, rollout, verdict):
+def reward_of(text, item, rollout):
     """The reward r_i of Eq. (2) to (4). Yours goes here, for cut responses too; Eq. (8) and (10) go by the verdict.
     item.problem has the texts of the problem, text.decode(rollout.response) that of the response."""
-    return float(verdict.correct)
+    return float(rollout.verdict.correct)
 
 
-def sample_and_judge(engine, items, *, n, temperature, seeds):
-    """n responses to each item -> per item a list of n (Rollout, Verdict). Response j of an item takes its seed + j."""
+def sample_and_judge(engine, items, seeds, n, temperature):
+    """n responses to each item -> per item a list of n Rollouts with verdicts. Response j takes its item's seed + j."""
     engine.push()
     prompts = [item.prompt for item in items for _ in range(n)]
     rollouts = engine.generate(prompts, [seed + j for seed in seeds for j in range(n)], temperature)
-    pairs = []
     for k, rollout in enumerate(rollouts):
         engine.tick(f"checking {k}/{len(rollouts)}")
         if not math.isfinite(sum(rollout.mu)):
             raise Stop("the model's log-probs are not finite: its weights are damaged, or --lr is far too high")
-        pairs.append((rollout, judge(engine.text, items[k // n], rollout)))
-    return [pairs[k:k + n] for k in range(0, len(pairs), n)]
+        rollout.verdict = judge(engine.text, items[k // n], rollout)
+    return [rollouts[k:k + n] for k in range(0, len(rollouts), n)]
 
 
 def sample_phase(cfg, engine, items, queue, state, ranks):
@@ -463,30 +462,27 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
     sft = cfg.algo == "sft"
     updates = 1 if sft else min(cfg.updates_per_phase, cfg.updates - state.update)
     traced = cfg.prompts if sft else round(cfg.traced_share * cfg.prompts)
-    plan = []
-    for _ in range(updates):
-        plan.append(queue.take("traced", traced) + queue.take("all", cfg.prompts - traced))
+    plan = [queue.take("traced", traced) + queue.take("all", cfg.prompts - traced) for _ in range(updates)]
     # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
     mine = [(h, k, plan[h][k][1]) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
     if sft:
         return [[Group(index, [], []) for *_, index in mine]], plan, {}
     seeds = [data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine]
-    judged = sample_and_judge(engine, [items[index] for *_, index in mine], n=cfg.group_size, seeds=seeds,
-                              temperature=cfg.temperature)
+    sampled = sample_and_judge(engine, [items[index] for *_, index in mine], seeds, cfg.group_size, cfg.temperature)
     batches, counts = [[] for _ in plan], {}
-    for (h, _, index), pairs in zip(mine, judged):
-        for rollout, verdict in pairs:
-            rollout.reward = reward_of(engine.text, items[index], rollout, verdict)
-            rapid.add_metrics(counts, {"tokens": len(rollout.response), "responses": 1, f"verdict_{verdict.reason}": 1})
-        batches[h].append(Group(index, [r for r, _ in pairs], [float(v.correct) for _, v in pairs]))
+    for (h, _, index), rollouts in zip(mine, sampled):
+        for r in rollouts:
+            r.reward = reward_of(engine.text, items[index], r)
+            rapid.add_metrics(counts, {"tokens": len(r.response), "responses": 1, f"verdict_{r.verdict.reason}": 1})
+        batches[h].append(Group(index, rollouts, [r.verdict.correct for r in rollouts]))
     metrics = ranks.sum(counts)
     state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
     # --mu trainer: log mu by the trainer itself, before its first update. Over a long response the rounding between
     # vllm and the trainer adds up and drowns what Eq. (1) corrects.
     if cfg.mu == "trainer" or cfg.mu == "auto" and engine.mu_by == "trainer":
         with autocast(cfg, engine.model):
-            gap = ranks.sum(rapid.rescore(engine.model, [r for pairs in judged for r, _ in pairs],
-                                          temperature=cfg.temperature, token_budget=cfg.tokens_per_microbatch))
+            gap = ranks.sum(rapid.rescore(engine.model, sum(sampled, []), temperature=cfg.temperature,
+                                          token_budget=cfg.tokens_per_microbatch))
         metrics["abs_dlogp_on_policy"] = gap["abs_dlogp_sum"] / gap["tokens"]
     state.phase += 1
     return batches, plan, dict(metrics, phase=state.phase, sample_seconds=clock() - start)
@@ -581,12 +577,11 @@ class HFEngine:
     def batch(self, prompts, seeds, temperature):
         """N prompts -> N Rollouts, sampled side by side. Rows that have ended leave the batch and its cache."""
         from transformers import DynamicCache
-        stored = torch.bfloat16 if self.cfg.dtype == "bfloat16" else self.model.dtype
 
         class Cache(DynamicCache):
-            """Autocast would leave the keys in float32. Attention reads them in bfloat16 anyway: half the memory."""
+            """Autocast leaves the keys in float32. Attention reads them in bfloat16, as the values: half the memory."""
             def update(self, keys, values, *rest):
-                return super().update(keys.to(stored), values.to(stored), *rest)
+                return super().update(keys.to(values.dtype), values, *rest)
 
         # 1. The prompts. Padding is on the left, so that the last column is every row's last prompt token. The mask
         # comes from lengths: the padding id may be any id. Kernels are faster without a mask.
@@ -604,21 +599,19 @@ class HFEngine:
 
         # 3. Token by token. The first pass reads the prompts, each later one the token just drawn.
         cache = Cache(config=self.model.config)
-        ended = torch.zeros_like(rows, dtype=torch.bool)                                                     # [N]
+        alive = torch.ones_like(rows, dtype=torch.bool)                                                      # [live]
         for t in range(steps):
             out = self.model(input_ids=ids, attention_mask=mask if padded else None, position_ids=position,
                              logits_to_keep=1, use_cache=True, past_key_values=cache)
             token, logp = draw(out.logits[:, -1], uniforms[rows, t], temperature)                            # [live]
             tokens[rows, t], logps[rows, t] = token, logp
-            ended[rows] |= torch.isin(token, stops)
-            alive = ~ended[rows]                                                                             # [live]
-            look = (t + 1) % self.look_every == 0
-            if look and not alive.any():
+            alive &= ~torch.isin(token, stops)                                                               # [live]
+            if (t + 1) % self.look_every == 0 and alive.float().mean() < 0.8:    # it copies the cache: when it pays
+                cache.batch_select_indices(alive.nonzero().squeeze(1))
+                rows, token, mask, position = rows[alive], token[alive], mask[alive], position[alive]
+                alive = alive[alive]
+            if not len(rows):
                 break
-            if look and alive.float().mean() < 0.8:      # dropping rows copies the cache, so only when it pays
-                keep = alive.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                                 # [live, W+t+1]
             ids, position = token[:, None], position[:, -1:] + 1                                     # [live, 1] twice
 
@@ -765,9 +758,8 @@ class VLLMEngine:
         rollouts = []
         for prompt, output in zip(prompts, outputs):
             done, = output.outputs               # its ids include the end token; logprobs=0: of the sampled token alone
-            mu = [done.logprobs.logprobs[i] for i in done.logprobs.start_indices]
             cut = done.finish_reason == "length"
-            rollouts.append(rapid.Rollout(prompt, list(done.token_ids), mu, 0.0, truncated=cut))
+            rollouts.append(rapid.Rollout(prompt, list(done.token_ids), done.logprobs.logprobs, 0.0, truncated=cut))
         return rollouts
 
 
@@ -808,8 +800,9 @@ def check_memory(cfg, model, ranks, card):
     # bfloat16 copies of weights, the head's gradient, ten bytes for each of the 256 rows of logits that exist at a time
     casts = 2 * sum(sizes) + 2 * max(sizes) + 2560 * c.vocab_size
     layer = 30 * c.hidden_size + 8 * c.intermediate_size         # what backward needs of a layer, per token
-    kept = c.num_hidden_layers * (4 * c.hidden_size if cfg.grad_checkpointing else layer)
-    kept += layer * cfg.grad_checkpointing
+    kept = c.num_hidden_layers * layer
+    if cfg.grad_checkpointing:
+        kept = c.num_hidden_layers * 4 * c.hidden_size + layer
     training = held + gradients + casts + kept * cfg.tokens_per_microbatch
     sampling = held + cfg.gpu_memory_utilization * card * (cfg.engine == "vllm")
     if max(training, sampling) > card:
@@ -868,10 +861,7 @@ class Ranks:
             return                                       # without any gradient Adam must not step on zeros
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in parameters]
-        flat = torch.nn.utils.parameters_to_vector(grads)        # in one piece: one call, not one per tensor
-        dist.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat, grads)
+            dist.all_reduce(p.grad)
 
     def optimizer(self, model, lr):
         """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
@@ -925,33 +915,33 @@ def evaluate(cfg, run, engine, tests, state):
     for name, (k, items) in tests.items():
         # 1. This rank's problems, sampled and judged; then those of all ranks.
         mine = range(run.ranks.rank, len(items), run.ranks.size)
-        judged = sample_and_judge(engine, [items[i] for i in mine], n=k, temperature=cfg.eval_temperature,
-                                  seeds=[data.seed_of(cfg.seed, "eval", name, i) for i in mine])
+        seeds = [data.seed_of(cfg.seed, "eval", name, i) for i in mine]
+        sampled = sample_and_judge(engine, [items[i] for i in mine], seeds, k, cfg.eval_temperature)
         own = []
-        for i, pairs in zip(mine, judged):
-            for r, verdict in pairs:
+        for i, rollouts in zip(mine, sampled):
+            for r in rollouts:
                 own.append(dict(vars(items[i].problem), eval=name, problem=i, response=engine.text.decode(r.response),
-                                tokens=len(r.response), truncated=r.truncated, **verdict._asdict()))
+                                tokens=len(r.response), truncated=r.truncated, **r.verdict._asdict()))
         own = sum(run.ranks.gather(own), [])
         responses += own
 
         # 2. mean@k: share of right ones. pass@k: share of problems with a right one. Standard errors are over problems,
         # not over samples.
-        column = {key: np.array([row[key] for row in own]) for key in own[0]}            # [problems k] each
-        right = np.bincount(column["problem"], column["correct"])                        # [problems]
         row = dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k,
-                   length=column["tokens"].mean(), truncated=column["truncated"].mean())
-        for metric, values in (("mean", right / k), ("pass", right > 0)):
+                   length=np.mean([r["tokens"] for r in own]), truncated=np.mean([r["truncated"] for r in own]))
+        correct = np.array([r["correct"] for r in own]).reshape(-1, k)                   # [problems, k]
+        for metric, values in (("mean", correct.mean(1)), ("pass", correct.any(1))):     # [problems] each
             row[metric] = values.mean()
             row[f"{metric}_se"] = values.std() / max(1, len(items) - 1) ** 0.5
-        levels = sorted(set(column["level"].tolist()) - {""})
-        row["levels"] = {level: column["correct"][column["level"] == level].mean() for level in levels}
+        row["levels"] = {}
+        for level in sorted({r["level"] for r in own} - {""}):
+            row["levels"][level] = np.mean([r["correct"] for r in own if r["level"] == level])
         run.write("metrics.jsonl", [row])
         by_level = "  ".join(f"{level} {share:.3f}" for level, share in row["levels"].items())
         run.log("eval {eval} at update {update}: mean@{samples} {mean:.3f} +- {mean_se:.3f}  pass@{samples} {pass:.3f} "
                 "+- {pass_se:.3f}  length {length:.1f}  truncated {truncated:.3f}  ".format(**row) + by_level)
-        for row in {row["correct"]: row for row in own}.values():
-            run.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**row)[:800])
+        for response in own[:2 * k:k]:                   # one each of the first two problems
+            run.log("  {reason} (gold {gold}): {prompt} -> {response}".format(**response)[:800])
     run.write(f"responses-{state.update:06d}.jsonl", responses, mode="w")
 
 
@@ -1067,11 +1057,11 @@ def draw_curves(path):
 
     def line(axis, metric, label, own=rows, style="-", mean=1):
         """The rows that have this metric, over updates; each point is the mean of the last `mean` of them."""
-        own = [row for row in own if metric in row]
-        means = [np.mean([row[metric] for row in own[max(0, k - mean):k]]) for k in range(1, len(own) + 1)]
-        if own:
-            errors = [row.get(f"{metric}_se", 0) for row in own]
-            axis.errorbar([row["update"] for row in own], means, errors, fmt=style, label=label, markersize=4)
+        points = [(row["update"], row[metric], row.get(f"{metric}_se", 0)) for row in own if metric in row]
+        if points:
+            updates, values, errors = zip(*points)
+            means = [np.mean(values[max(0, k - mean):k]) for k in range(1, len(values) + 1)]
+            axis.errorbar(updates, means, errors, fmt=style, label=label, markersize=4)
 
     line(accuracy, "reward", "reward of training", style="0.75")
     for name in dict.fromkeys(row["eval"] for row in rows if "eval" in row):
@@ -1087,7 +1077,7 @@ def draw_curves(path):
     titles = "accuracy", "accuracy by difficulty", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)"
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
-        axis.legend(fontsize=7) if axis.get_legend_handles_labels()[0] else axis.remove()
+        axis.legend(fontsize=7) if axis.containers else axis.remove()
     figure.savefig(path / "curves.png", dpi=110)
 
 
@@ -1149,27 +1139,26 @@ def launch(argv):
 
     # 1. Everything that can be refused, before anything is written: data, model, prompts that fit.
     train_set, test_sets = load_problems(cfg, log)
-    saved, state = None, State()
+    state, saved = State(data=data.fingerprint(train_set)), None
     if checkpoints(cfg.out):                                     # there are none but with --resume
         model, tokenizer, saved = load_checkpoint(cfg, device, log)
+        if saved["state"]["data"] != state.data:
+            raise Stop(f"--resume: {cfg.train} has changed since the run began; put it back, or start a new run")
         state = State(**saved["state"])
     else:
         model, tokenizer = load_model(cfg, cfg.model or BASE, device)
-    if saved and state.data != data.fingerprint(train_set):
-        raise Stop(f"--resume: {cfg.train} has changed since the run began; put it back, or start a new run")
-    state.data = data.fingerprint(train_set)
     text = data.Text(tokenizer, cfg.instruction, model.generation_config.eos_token_id)
     room = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=cfg.max_new_tokens, context=context(model),
                 log=log)
     items = data.encode(text, train_set, **room)
     tests = {name: (k, data.encode(text, problems, **room)) for name, (k, problems) in test_sets.items()}
     pools = {"all": range(len(items)), "traced": [i for i, x in enumerate(items) if x.traces]}
-    if items and not pools["traced"] and (cfg.algo == "sft" or cfg.traced_share):
-        raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
-                   "and --traced-share need one; give traces, or --algo rapid")
-    if items and not pools["traced"] and cfg.algo == "red":
-        log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
-
+    if items and not pools["traced"]:
+        if cfg.algo == "sft" or cfg.traced_share:
+            raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but "
+                       "--algo sft and --traced-share need one; give traces, or --algo rapid")
+        if cfg.algo == "red":
+            log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
     if device.type == "cuda" and not cfg.eval_only:
         check_memory(cfg, model, ranks.size, torch.cuda.mem_get_info()[1])
 
