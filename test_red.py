@@ -1250,7 +1250,7 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
         ids = tiny.text.trace(f"\\boxed{{{(gold[tuple(prompt)] + 1 - next(told)) % 10}}}")
         return Rollout(prompt, ids[:-1] if cut else ids, [0.0] * (len(ids) - cut), 0.0, cut)
     pushed = []      # what is sampled before a push comes from old weights
-    engine = SimpleNamespace(push=lambda: pushed.append(0), tick=print, mu_by="sampler", text=tiny.text,
+    engine = SimpleNamespace(push=lambda: pushed.append(0), tick=print, text=tiny.text,
                              model=tiny.model, generate=lambda prompts, *_: [answer(p) for p in prompts if pushed])
     batches, plan, metrics = red.sample_phase(cfg, engine, tiny.items, queue, state, red.Ranks())
     groups = sum(batches, [])
@@ -1388,7 +1388,7 @@ def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     ids = torch.tensor([tokenizer.encode("3-4x2=\\boxed{4}")])
     assert torch.equal(model(ids).logits, last(ids).logits) and tokenizer.decode(ids[0]) == "3-4x2=\\boxed{4}"
-    argv = "--eval-only --eval builtin@4 --eval-limit 12 --max-new-tokens 48".split()
+    argv = "--eval-only --eval builtin@4 --eval-limit 12 --max-new-tokens 48 --instruction=".split()
     assert red.main([*argv, "--model", str(folder / "a"), "--out", str(tmp_path / "e")]) == 0
     row, = rows_of(tmp_path / "e")
     responses = [json.loads(line) for line in open(tmp_path / "e" / "responses-000000.jsonl")]
