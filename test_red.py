@@ -1158,9 +1158,9 @@ def test_chains_are_worked_right():
     ("check_gap(Config(dtype='float32'), nan)", red.Stop), ("check_gap(Config(dtype='bfloat16'), 0.1)", None),
     ("check_gap(Config(dtype='bfloat16'), 4.5)", red.Stop),
     # the preset belongs to the built-in model alone
-    ("parse([])[0].lr", 5e-4), ("parse('--train builtin'.split())[0].lr", 5e-4), ("parse(['--lr', '3'])[0].lr", 3),
-    ("parse('--preset builtin --model m'.split())[0].lr", 5e-4), ("parse('--model m --train f'.split())[0].lr", 1e-6),
-    ("parse('--model m --train builtin'.split())[0].lr", 1e-6)])
+    ("parse([]).lr", 5e-4), ("parse('--train builtin'.split()).lr", 5e-4), ("parse(['--lr', '3']).lr", 3),
+    ("parse('--preset builtin --model m'.split()).lr", 5e-4), ("parse('--model m --train f'.split()).lr", 1e-6),
+    ("parse('--model m --train builtin'.split()).lr", 1e-6)])
 def test_numbers_of_eq6_7_8_10_of_the_gap_on_policy_and_of_the_preset(call, wanted):
     stops = wanted is red.Stop
     with pytest.raises(red.Stop, match="disagree on-policy") if stops else contextlib.nullcontext():
