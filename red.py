@@ -37,6 +37,7 @@ micro-batch, T response or trace tokens, W prompt width, V vocabulary.
 """
 import argparse
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -186,8 +187,9 @@ def parse(argv):
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]", **kind)
     known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise Stop(f"{unknown[0]}: there is no such flag; --help lists all")
+    for name in unknown:
+        near = difflib.get_close_matches(name, map(flag, Config.__dataclass_fields__), n=1)
+        raise Stop(f"{name}: there is no such flag; the nearest is {near}, and --help lists all")
     given = vars(known)
     if given.get("resume"):
         below = settings_to_resume(given)
@@ -198,6 +200,10 @@ def parse(argv):
     cfg = Config(**below | given)
     cfg.out = cfg.resume or cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
     check(cfg)
+    names = list(vars(cfg))
+    for name in names[:names.index("dtype")]:            # the settings of training come first
+        if cfg.eval_only and name in given:
+            raise Stop(f"{flag(name)}: has no effect beside --eval-only; leave it out")
     return cfg
 
 
@@ -761,6 +767,9 @@ def load_model(cfg, source, device):
     path = Path(source)
     if (path / "model").is_dir():
         path /= "model"
+    if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
+        raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run. The "
+                   "built-in model is assets/base of the project, made by python assets/bench.py --make-base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         if not tokenizer.encode("1"):        # what transformers makes up where there are no tokenizer files
@@ -768,8 +777,7 @@ def load_model(cfg, source, device):
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True)
         rapid.check_head(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Stop(f"--model: {path} could not be loaded: {first_line(error)}; give a Hugging Face model directory, a "
-                   "finished run or a hub id (the built-in model: python assets/bench.py --make-base)") from error
+        raise Stop(f"--model: {path} could not be loaded: {first_line(error)}") from error
     # No dropout, in training either: the sampler has none, so it would be a difference between pi and mu.
     for module in model.modules():
         for name in {"p", "attention_dropout"} & vars(module).keys():
@@ -850,7 +858,10 @@ class Ranks:
             return                                       # without any gradient Adam must not step on zeros
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        grads = [p.grad for p in parameters]
+        flat = torch.nn.utils.parameters_to_vector(grads)        # one call for all tensors, not one each
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat, grads)
 
     def optimizer(self, model, lr):
         """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
@@ -1121,6 +1132,8 @@ def launch(argv):
     device = torch.device("cuda" if cuda else "cpu")
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if cuda else "float32"
+    if not cfg.eval:
+        log("there is no --eval: nothing will be evaluated")
     cfg.engine, why = pick_engine(cfg, device)
     log(f"sampling with {cfg.engine}: {why}")
 
