@@ -791,7 +791,8 @@ def load_model(cfg, source, device):
 def check_memory(cfg, model, ranks, card):
     """Stop where a card of so many bytes cannot hold what training or sampling needs, by arithmetic for bfloat16. Else
     memory would run out in the second phase only, when moments and gradients stand beside the sampling engine's share.
-    Not counted: CUDA's context, fragments. `python assets/bench.py --memory` prints the parts."""
+    While vLLM sleeps it holds neither weights nor cache. Not counted: CUDA's context, fragments. The parts:
+    `python assets/bench.py --memory`."""
     c, sizes = model.config.get_text_config(), [p.numel() for p in model.parameters()]
     held = 4 * sum(sizes) + 8 * max(sum(sizes) / ranks, *sizes)  # weights, moments; ranks share them tensor by tensor
     gradients = 4 * sum(sizes) * (2 if cfg.algo == "red" else 1)
