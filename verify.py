@@ -234,13 +234,14 @@ def joined(text: str) -> str:
 
 def said(m: re.Match) -> str:
     r"""What stands for \text{...}: plain content (numbers, lists, letters, "and"), or words marked with @."""
-    text = m[1].strip(" .\\~$")
+    inner = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", m[1])    # 4th
+    text = inner.strip(" .\\~$")
     if re.fullmatch(rf"{FUNC}|{OPERATORS}", text):    # \operatorname{lcm}
         return rf" \{text} "
     # \text{A. } 15 and \text{C) It doubles} keep their marks, \text{A and C} its letters
     if re.match(r"\s*\(?[A-J][.):]|\s*\(?[A-J]\b\)?(?:(?:,| and| or|, and) *\(?[A-J]\b\)?)+\s*$", m[1]) or re.search(
             r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text):
-        return f" {m[1]} "
+        return f" {inner} "
     return " " + re.sub(r"(?<![^\W\d_])(?!(?:and|or)\b)[^\W\d_]+", r"@\g<0>", text.strip("()")) + " "
 
 
@@ -288,13 +289,18 @@ RULES = r"""
 (?<![\w.^/])(\d+) (\d+)/(\d+) ⟶ \1\\frac{\2}{\3}
 \^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree ⟶ "@degree "
 @degrees? *@?([CF])(?:elsius|ahrenheit)?(?![a-zA-Z]) ⟶ " @temperature\1 " && \\?% ⟶ "@percent "
-(?i:(?:@?the *)?@?\b(?:(first|1st)|(second|2nd)|(third|3rd)|(fourth|4th)) *@?quadrant\b|@?quadrant *@?(?:(1|I)|(2|II)
+(?<=\d) ?(?:\^ ?\{ ?@?(?:st|nd|rd|th) ?\}|@(?:st|nd|rd|th)(?![a-z])) ⟶ ""
+(?i:(?:@?the *)?@?\b(?:(first|1(?:st)?)|(second|2(?:nd)?)|(third|3(?:rd)?)|(fourth|4(?:th)?)) *@?quadrant\b|@?quadrant *@?(?:(1|I)|(2|II)
     |(3|III)|(4|IV))\b) ⟶ quadrant()
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
 \\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
-^ ?@?(?:[Nn]o|[Tt]here @are @no)(?: @?real)?(?: @?integer)? @?solutions? ?\.?$ ⟶ "\\emptyset "
-^ ?@?(<BASES>) ?$ ⟶ numeral()
-^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R " && ^ ?(?:\\approx|@[Tt]he(?: @\w+)* @is(?= ?[-\d\\])) ⟶ ""
+^ ?(?:\\approx|@[Tt]he(?: @\w+)* @(?:is|are)(?! @not)|@[Tt]here @(?:is|are)|@[Tt]he @point) ⟶ ""
+^ ?@(?:[Aa]n?|[Tt]he) (?=@) ⟶ "" && ^ ?@?(?:[Oo]ption|[Cc]hoice):? ?@?(?=\(?[A-J](?![a-z])) ⟶ ""
+^ ?(?:@?[Nn]o(?: @?real)?(?: @?integer)? @?solutions?|\\\{ ?\\\}) ?\.?$ ⟶ "\\emptyset "
+^ ?@?[Ii]nfinitely @?many\b[ @a-z]*$ ⟶ "\\infty " && (?i:^[ @a-z]*?(?:DNE|does @?not @?exist|undefined)[ .]*$) ⟶ @DNE
+(?i:^ ?@?(yes|no|true|false)\b ?[,.:;]?(?: @?(?:because|since|as|it|there|th[aeio]\w+|such)\b(?!.*<YES>).*)?$) ⟶ @\1
+^ ?@?(<BASES>) ?$ ⟶ numeral() && ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R "
+^ ?@?[Aa]ll @?real @?numbers @?except(?: @?for)?(?: x ?(?:=|\\neq?))?([^a-z]+)$ ⟶ \\R \\setminus \\{\1\\}
 (?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
@@ -311,9 +317,11 @@ RULES = r"""
 (?:, *)*(?<![\\@a-zA-Z])or(?![a-zA-Z])(?: *,)* ⟶ " \\or "
 (?:^|(?<=[,(={])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:<FUNC>|infinity|inf)\b)(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))
     |[a-zA-Z]{2,}(?: +[a-zA-Z]+)+) ⟶ marked()
+(?:^|(?<=,)) ?[A-Z](?= ?\([^()]*,[^()]*\)[ .]*(?:,|$)) ⟶ "" && ^ ?(\d+) @?to (\d+) ?$ ⟶ \1:\2
 ([,;])(?: *[,;])+ ⟶ \1 && ^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
 """
-PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS])}
+PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS]),
+          "<YES>": r"\b(?:yes|no|true|false)\b"}
 CHANGES = {f"{f.__name__}()": f for f in (said, rows, in_base, unit_behind)}
 CHANGES["marked()"] = lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])
 CHANGES["quadrant()"] = lambda m: " @" + ("IV", "I", "II", "III")[m.lastindex % 4]
