@@ -4,14 +4,13 @@ r"""verify.py: is a model's answer to a math problem the same as the gold answer
 
 1. Values are compared: exact fractions, else 600-bit numbers at fixed sample points. No text is evaluated as code.
 2. Work is counted and never timed: any thread may call `verify`, and the same input always gets the same verdict.
-3. It fails closed and says why. A gold that cannot be understood rewards the same string and nothing else;
-   `gold_problem` names it when the data is loaded.
+3. It fails closed: a gold that is not understood rewards the same string only, and `gold_problem` says why.
 4. Precision: an exact gold takes an exact answer, or a decimal of 6 or more significant digits that is less than one
    unit in its last place away. A measured gold takes whatever rounds to its own digits; it shows that it was measured
    by a power of ten (4.5e33), a unit (2.5 cm) or four digits of no short fraction (2.683, not 1.25 or 3.125).
 5. A base that only the gold writes is taken as said by the question: 132 is right for 132_4, and 30 is wrong.
 6. Not read, being rare or of two meanings: sums to be computed, 4 h 30 min for 4.5 h, 1,5 for 1.5, 2i - j
-   for (2, -1), ]1, 3[ for (1, 3), choices without commas (BD). The same string is right all the same.
+   for (2, -1), ]1, 3[ for (1, 3), P(5, 3) for 60 (it is a point), choices without commas (BD). The same string is right all the same.
 
     python verify.py FILE.jsonl --response-key response --gold-key gold --score-key recorded_score
 
@@ -58,7 +57,7 @@ class Budget(Exception):
 
 # Behind these a model may go on with another problem; the last one ends the answers of few-shot prompts.
 END = re.compile(r"<\|(?:im_end|im_start|end_?of_?text|eot_id)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>"
-                 r"|I hope (?:it|this) is correct")
+                 r"|I hope (?:it|this) (?:is correct|helps)|\n\s*(?:Let me know|Feel free)")
 BOX = re.compile(r"(?P<box>\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*)(?:\{|(?P<bare>[-+]?\w+(?:[./]\w+)?))"
                  r"|(?<!\\)(?:\\\\)*\\[{}]|[{}]")    # \{ and \} are skipped, in linear time for a run of \
 # What may stand between two boxes that are one answer: punctuation, "and", "or", "y =", or a short "cm and".
@@ -73,18 +72,18 @@ NUMBER = (r"(?<![\w.,^{/])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?[.,]?\d+(?:(?: */ *|:)
 # Answers without a box at the end of a finished text: the first that parses of STATED, `concluding`, ENDS. Between the
 # signs of a formula it need not parse, because it can still be the same string as the gold.
 STATED = [re.compile(p, re.S | re.I) for p in (
-    r"(?=.{1,60}$)(?![a-z]{4,}[ :]|.*(?: [a-z]+){3})([^\n]*[\d\\][^\n]*|\w+)$",      # the whole text
+    r"(?=.{1,60}$)(?!\**[a-z]{4,}[ :]|.*(?: [a-z]+){3})([^\n]*[\d\\][^\n]*|\w+)$",      # the whole text
     r".*<answer>((?:(?!<answer>).)*)</answer>\W*$",
     r".*####\s*([^\n]+)$",
-    r".*\b(?:answers?|result)\W*(?:is|are|:|=)[\s:*]*(?:(?:option|choice) )?(?!\W*$)([^\n]+)$",   # the answer is ...
+    r".*\b(?:answers?|result|statement(?= is (?:true|false)))\W*(?:is|are|:|=)[\s:*]*(?!\W*$)([^\n]+)$",
     r".*\b(?:choice|option|answer)s?\W*(?:is|:)?\W*\(?((?-i:[A-J]))(?:\W*[).:,]|\W*$| is (?:the|correct))[^\n]*$",
-    r".*?\*\*([^*\n]+)\**\W*$")]
+    r".*?\*\*(?=\S)([^*\n]+)\**\W*$")]
 ENDS = [re.compile(p, re.S | re.I) for p in (
     rf".*?({NUMBER})$",
     r"(?:.*[^\\])?(?P<formula>\$\$[^$]+|\$(?!\s*\n)(?:[^$\\]|\\.)+)\$+((?: ?(?:%|percent|pct))?)[^\d$]{0,40}$",
     r".*\\(?:\[|\((?!\s*\n))(?P<formula>.+?)\\[)\]][^\d]{0,40}$",
-    r"(?:.*\n)?(?![a-z]{4,}[ :])([^\n]*[\d\\=][^\n]*)$",                                      # the last line
-    rf"(?:.*[\s$(=:])?({NUMBER})(?![\d/^])[^\n\d]*$")]                                        # its last number
+    r"(?:.*\n)?(?![a-z]{4,}[ :]|[^\n]*(?: [a-z]+){3})([^\n]*[\d\\=][^\n]*)$",                 # the last line
+    rf"(?:.*(?:[\s$(=:]|\*\*))?({NUMBER})(?![\d/^])[^\n\d]*$")]    # its last number
 # The sign of money is no sign of a formula, and a computation says less than what it is equal to.
 MONEY = re.compile(r"\\\$(?=\d)|\$(?=\d[^$]*(?:\$\d|$))")
 COMPUTED = re.compile(r"(?<![\w.^_{\\])\d[\d.,]*%?\s*(?:[-+*/×÷]|x(?= \d))(?:[\d\s.,%+*/×÷-]|x(?= \d))*=\s*(?=-?\d)")
@@ -99,11 +98,8 @@ PASSING = ("in of the for at to after with per from by than every each these tho
 
 
 def concluding(text: str) -> str:
-    """What the last sentence says when it holds several numbers or formulas, "" if that is not clear.
-    >>> concluding("So there are 24 ways to seat 4 guests in 3 rows."), concluding("Thus $a = 3$ and $b = -1$.")
-    ('24', 'a = 3, b = -1')
-    """
-    sentence = re.split(r"(?<=[^\s.][.!?])\s+(?=[A-Z])|\n", re.sub(r"\\[()]", "$", text.strip()))[-1]
+    """What the last sentence says when it holds several numbers or formulas, "" if that is not clear."""
+    sentence = re.split(r"(?<=[^\s.][.!?])\s+(?=[A-Z])|\n", re.sub(r"\\[()]", "$", text.replace("**", "").strip()))[-1]
     if m := re.search(r"(?:\$[^$]*\d[^$]*\$(?:,? ?(?:and|or) ?|, )){1,5}\$[^$]*\d[^$]*\$\W*$", sentence):
         return ", ".join(re.findall(r"\$([^$]+)\$", m[0]))
     if m := re.match(rf".*?{SAID}\s*\$((?:[^$a-z]|\\[a-z]+)*\d(?:[^$a-z]|\\[a-z]+)*)\$", sentence):
@@ -112,6 +108,9 @@ def concluding(text: str) -> str:
     found = re.findall(rf"(\w*)[^\w-]{{0,3}}({NUMBER})", clause)
     if len(found) < 2 or re.search(r"\\|\$[^$]*[=(^_][^$]*\$", clause):
         return ""
+    # "Bob is 30 and Amy is 24": two claims of equal weight are a list, as two boxes are
+    if m := re.match(rf".*?{SAID}\s*({NUMBER})\D*\b(?:and|while|but)\b\D*{SAID}\s*({NUMBER})", clause, re.I):
+        return f"{m[1]}, {m[2]}"
     said = [m[1] for pattern in SUBJECT if (m := pattern.match(clause))]
     said += [number for word, number in found if word.lower() not in PASSING]
     return said[0] if said else ""
@@ -120,10 +119,7 @@ def concluding(text: str) -> str:
 def boxed(text: str) -> tuple[str | None, bool]:
     r"""The content of the last box, None without one, and whether a later box was opened and never closed. Boxes
     joined by a comma, "and" or "or" are one list: a hedge over two boxes must not be the luck of the last one. One pass
-    with a stack, because to match the braces of each box is quadratic.
-    >>> boxed(r"\boxed{1} or \boxed{2}"), boxed(r"\boxed{1}, no: \boxed{2")
-    (('1, 2', False), ('1', True))
-    """
+    with a stack, because to match the braces of each box is quadratic."""
     opened, found = [], []
     for m in BOX.finditer(text):
         if m["bare"]:
@@ -156,7 +152,7 @@ def boxed(text: str) -> tuple[str | None, bool]:
 def first_of(patterns: list[re.Pattern], tail: str) -> str:
     for pattern in patterns:
         m = pattern.match(tail)
-        answer = "".join(m.groups("")).strip(" $*") if m else ""
+        answer = re.sub(r"\*\*(?=[.,;:! ])", "", "".join(m.groups(""))).strip(" $*") if m else ""
         if answer and ("formula" in pattern.groupindex or not gold_problem(answer)):
             return answer
     return ""
@@ -212,11 +208,11 @@ PROSE = set("is are the if or but maybe probably answer than to so because then 
 COMMANDS = ("×times ·cdot ∙cdot ⋅cdot √sqrt πpi ∞infty °degree ºdegree ≤le ≥ge ⩽le ⩾ge ≠ne ±pm ∓mp ∪cup ∩cap ∈in ℝR ℤZ "
             "∅emptyset ≈approx ½frac12 ¼frac14 ¾frac34 ⅓frac13 ⅔frac23 ⟨langle ⟩rangle ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil "
             "…ldots αalpha βbeta γgamma δdelta θtheta λlambda μmu ωomega φphi σsigma τtau €text{euro} £text{pound}")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 UNICODE = str.maketrans(
     dict(zip("−–‑⁄÷′’‘，（）：；", "---//" + "'" * 3 + ",():;")) | {"\u200b": "", "\ufeff": "", "\u2061": ""}
     | {code: chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B)}    # full-width digits and letters
     | {pair[0]: rf"\{pair[1:]} " for pair in COMMANDS.split()})
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:,\d{3}(?!\d))+(?!,?\s*\d)|(?<![\d.,_^])\d{1,3}(?: \d{3}(?!\d))+")
 NUMERALS = dict(one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 
@@ -239,8 +235,8 @@ def said(m: re.Match) -> str:
     if re.fullmatch(rf"{FUNC}|{OPERATORS}", text):    # \operatorname{lcm}
         return rf" \{text} "
     # \text{A. } 15 and \text{C) It doubles} keep their marks, \text{A and C} its letters
-    if re.match(r"\s*\(?[A-J][.):]|\s*\(?[A-J]\b\)?(?:(?:,| and| or|, and) *\(?[A-J]\b\)?)+\s*$", m[1]) or re.search(
-            r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text):
+    marked = r"\s*(?:\(?[A-J]|\([a-j])[.):]|\s*\(?[A-J]\b\)?(?:(?:,| and| or|, and) *\(?[A-J]\b\)?)+\s*$"
+    if re.match(marked, inner) or re.search(r"\d|[,:\\]|^\(?[A-Z]\)?$|^[ei]$|^(?:and|or),?$", text):
         return f" {inner} "
     return " " + re.sub(r"(?<![^\W\d_])(?!(?:and|or)\b)[^\W\d_]+", r"@\g<0>", text.strip("()")) + " "
 
@@ -280,27 +276,24 @@ RULES = r"""
 (?<=[\d}])\s*\\(?:text|mathrm)\s*\{\s*([A-Z])\s*\} ⟶ " @\1"
 \\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|operatorname\*?|hbox|rm)\s*\{([^{}]*)\} ⟶ said()
 \\begin\s*\{(?:(?:[pbB]|small)?matrix\}|array\}\s*(?:\{[^{}]*\})?)(.*?)\\end\s*\{[a-zA-Z]*\} ⟶ rows()
-^ *\\(?:i*int|lim|sum|prod|Pr|max|min|Re|Im)(?![a-zA-Z]).*=(?=[^=]*$) ⟶ ""
+^([ {]*)\\(?:i*int|lim|sum|prod|Pr|max|min|Re|Im)(?![a-zA-Z]).*=(?=[^=]*$) ⟶ \1
 \{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\} ⟶ \\frac{\1}{\2} && \\[dtc](frac|binom)(?![a-zA-Z]) ⟶ \\\1
 \\(frac|binom)\s*(\d) ⟶ \\\1{\2} && (?<![a-zA-Z\\@])C ?\( ?([^(),]+) ?, ?([^(),]+) ?\) ⟶ \\binom{\1}{\2}
 (?:\{ ?\}|^|(?<=[-+*/=(,])) ?[_^] ?(?:\{([^{}]+)\}|(\w)) ?C ?_ ?(?:\{([^{}]+)\}|(\w)) ⟶ \\binom{\1\2}{\3\4}
-(?<![a-zA-Z\\@])C ?_ ?(?:\{([a-zA-Z][^{}]*|\d\d+|[3-9])\}|([a-zA-Z3-9])) ?\^ ?(?:\{([^{}]+)\}|(\w)
-    ) ⟶ \\binom{\1\2}{\3\4}
-(?<![\w.^/])(\d+) (\d+)/(\d+) ⟶ \1\\frac{\2}{\3}
-\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree ⟶ "@degree "
+(?<![a-zA-Z\\@])C ?_ ?(?:\{([a-zA-Z][^{}]*|\d\d+|[3-9])\}|([a-zA-Z3-9]))\^ ?(?:\{([^{}]+)\}|(\w)) ⟶ \\binom{\1\2}{\3\4}
+(?<![\w.^/])(\d+) (\d+)/(\d+) ⟶ \1\\frac{\2}{\3} && \^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree ⟶ "@degree "
 @degrees? *@?([CF])(?:elsius|ahrenheit)?(?![a-zA-Z]) ⟶ " @temperature\1 " && \\?% ⟶ "@percent "
 (?<=\d) ?(?:\^ ?\{ ?@?(?:st|nd|rd|th) ?\}|@(?:st|nd|rd|th)(?![a-z])) ⟶ ""
-(?i:(?:@?the *)?@?\b(?:(first|1(?:st)?)|(second|2(?:nd)?)|(third|3(?:rd)?)|(fourth|4(?:th)?)) *@?quadrant\b|@?quadrant *@?(?:(1|I)|(2|II)
-    |(3|III)|(4|IV))\b) ⟶ quadrant()
+(?i:(?:@?the *)?@?\b(?:(first|1(?:st)?)|(second|2(?:nd)?)|(third|3(?:rd)?)|(fourth|4(?:th)?)) *@?quadrant\b
+    |@?quadrant *@?(?:(1|I)|(2|II)|(3|III)|(4|IV))\b) ⟶ quadrant()
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
 \\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
 ^ ?(?:\\approx|@[Tt]he(?: @\w+)* @(?:is|are)(?! @not)|@[Tt]here @(?:is|are)|@[Tt]he @point) ⟶ ""
 ^ ?@(?:[Aa]n?|[Tt]he) (?=@) ⟶ "" && ^ ?@?(?:[Oo]ption|[Cc]hoice):? ?@?(?=\(?[A-J](?![a-z])) ⟶ ""
 ^ ?(?:@?[Nn]o(?: @?real)?(?: @?integer)? @?solutions?|\\\{ ?\\\}) ?\.?$ ⟶ "\\emptyset "
-^ ?@?[Ii]nfinitely @?many\b[ @a-z]*$ ⟶ "\\infty " && (?i:^[ @a-z]*?(?:DNE|does @?not @?exist|undefined)[ .]*$) ⟶ @DNE
-(?i:^ ?@?(yes|no|true|false)\b ?[,.:;]?(?: @?(?:because|since|as|it|there|th[aeio]\w+|such)\b(?!.*<YES>).*)?$) ⟶ @\1
-^ ?@?(<BASES>) ?$ ⟶ numeral() && ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R "
-^ ?@?[Aa]ll @?real @?numbers @?except(?: @?for)?(?: x ?(?:=|\\neq?))?([^a-z]+)$ ⟶ \\R \\setminus \\{\1\\}
+^ ?@?[Ii]nfinitely @?many(?: @?solutions?)?[ .]*$ ⟶ "\\infty " && ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R "
+(?i:^[ @a-z]*?(?:DNE|does @?not @?exist|undefined)[ .]*$) ⟶ @DNE && ^ ?@?(<BASES>) ?$ ⟶ numeral()
+(?i:^ ?@?(yes|no|true|false)(?:[ ,.:;]+@?(?:because|since|as|it|th[aeio]\w+|such)\b(?!.*\b(?:yes|true|or)\b).*)?$) ⟶ @\1
 (?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
@@ -313,15 +306,13 @@ RULES = r"""
 (?<=\d) ?@?([apAP])(?:\.* ?@?[mM]|(?<=:\d\d.))\b\.* ⟶ " @\1m" && @?\bmph\b ⟶ @miles/@hour && \\\$ ⟶ "@dollar "
 ([\d)}%] ?|\\pi ?|@[a-zA-Z]+(?:\^\{?-?\d\}?)?(?: ?/ ?| ))(?!(?:and|or)\b)([a-zA-Z]{2,})(?![a-zA-Z(]) ⟶ unit_behind()
 \ ?@per\b ?|(?<=[a-z]) per (?=[@a-z]) ⟶ / && @?\b(?:square|sq)\b\.? *@?([a-z]+) ⟶ " @\1^2"
-(@[a-zA-Z]+ ?/ ?)([a-zA-Z]+) ⟶ \1@\2 && (?<![\\@a-zA-Z])and(?![a-zA-Z]) ⟶ " , "
-(?:, *)*(?<![\\@a-zA-Z])or(?![a-zA-Z])(?: *,)* ⟶ " \\or "
+(@[a-zA-Z]+ ?/ ?)([a-zA-Z]+) ⟶ \1@\2 && (?<![\\@a-zA-Z])and(?![a-zA-Z]) ⟶ " , " && ([,;])(?: *[,;])+ ⟶ \1
+(?:, *)*(?<![\\@a-zA-Z])or(?![a-zA-Z])(?: *,)* ⟶ " \\or " && ^ ?(\d+) @?to (\d+) ?$ ⟶ \1:\2
 (?:^|(?<=[,(={])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:<FUNC>|infinity|inf)\b)(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))
     |[a-zA-Z]{2,}(?: +[a-zA-Z]+)+) ⟶ marked()
-(?:^|(?<=,)) ?[A-Z](?= ?\([^()]*,[^()]*\)[ .]*(?:,|$)) ⟶ "" && ^ ?(\d+) @?to (\d+) ?$ ⟶ \1:\2
-([,;])(?: *[,;])+ ⟶ \1 && ^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
+(?:^|(?<=,)) *[A-Z](?= ?\([^()]*,[^()]*\)[ .]*(?:,|$)) ⟶ "" && ^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
 """
-PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS]),
-          "<YES>": r"\b(?:yes|no|true|false)\b"}
+PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS])}
 CHANGES = {f"{f.__name__}()": f for f in (said, rows, in_base, unit_behind)}
 CHANGES["marked()"] = lambda m: re.sub("[a-zA-Z]+", r"@\g<0>", m[0])
 CHANGES["quadrant()"] = lambda m: " @" + ("IV", "I", "II", "III")[m.lastindex % 4]
@@ -336,10 +327,7 @@ for rule in re.sub(r"\n +", "", RULES.strip()).replace(" && ", "\n").split("\n")
 
 @functools.lru_cache(maxsize=1024)
 def clean(text: str) -> str:
-    r"""One spelling per construct, noise removed.
-    >>> clean(r"$\left(\dfrac{1}{2},\; 90^{\circ}\right)$.")
-    '(\\frac{1}{2}, 90@degree )'
-    """
+    r"""One spelling per construct, noise removed."""
     text = " ".join(text.translate(UNICODE).split()).lstrip(" ,;*`\"")
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
@@ -888,9 +876,8 @@ def inside(node: Node, x) -> bool:
 
 
 def same_set(*sets: Node) -> bool:
-    """Whether two sets of reals in one unknown have the same elements: at every number that is written in them and its
-    negative, very near to these, half way between, and at fixed other points: no end can hide a difference."""
-    # in "-80 <= g(x) <= 82" the unknown is g(x)
+    """Whether two sets of reals in one unknown, x or g(x), have the same elements: at every number written in them and
+    its negative, very near to these, half way between, and at fixed other points: no end can hide a difference."""
     sets = [t.swap(lambda n: Node("sym", n.text) if n.unknown() and names(n) else None) for t in sets]
     m, spots = real(), {real().mpf(0)}
     for node in itertools.chain(*map(Node.walk, sets)):
@@ -914,11 +901,10 @@ def named(node: Node, loose: bool = False) -> bool:
     11a + c, 2x. loose: also B^{-1}, and x + y, g^{-1}(t) or whatever else has two letters; not 2x, x^2."""
     if node.kind == "word" or node.unknown():
         return True
-    if node.kind == "^" and node.parts[1].value == -1 and node.parts[0].text.isupper():
-        return loose
+    inverse = node.kind == "^" and node.parts[1].value == -1 and node.parts[0].text.isupper()
     letters, plain = names(node), node.kinds() <= {"sym", "seq", "call", "*", "/"}
     functions = any(n.kind == "call" and n.text != "abs" and not n.unknown() for n in node.walk())
-    return bool(letters) and plain and not functions or loose and len(letters) > 1
+    return bool(letters) and plain and not functions or loose and (inverse or len(letters) > 1)
 
 
 def unnamed(node: Node, gold: Node | None = None) -> Node:
@@ -1020,24 +1006,30 @@ def same_single(gold: Node, answer: Node) -> bool:
 
 # ------------------------------------------------------------------ verdicts
 
-CHOICE = re.compile(r"\(?([A-J])(?:\)[.:]?|[.:])\s*((?!,|\\or|\(?[A-J]\)?$)\S.*)", re.S)
+CHOICE = re.compile(r"\(?([A-J]) ?(?:\)[.:]?|[.:])\s*((?!,|\\or|\(?[A-J]\)?$)\S.*)", re.S)
 BASE = re.compile(r"\\zeta_\{base\d+digits(\w+)\}")
+EXACT = re.compile(r"([^,=]*\\(?:pi|sqrt|frac|ln|log)[^,=]*)\\approx ?\d*\.?\d+(?: ?@[^,=\d]*[\d^]*)?")
 DIMENSIONS = re.compile(r"[\d.]+(?: ?@\w+)?(?: ?\\times ?[\d.]+(?: ?@\w+)?){2,}")
 
 
 def readings(gold: str, answer: str) -> list[tuple[str, str]]:
-    """The readings of two cleaned texts, of which one must be the same. A comma separates thousands or list items;
-    "(C) 12" is a choice with its text; three dimensions are a list and not their product."""
+    r"""The readings of two cleaned texts, of which one must be the same. A comma separates thousands or list items;
+    "(C) 12" is a choice with its text; three dimensions are a list, not a product; 2\pi \approx 6.28 is exact."""
     if DIMENSIONS.fullmatch(gold):
         gold, answer = (text.replace(r"\times", ",") for text in (gold, answer))
-    if re.search("@[ap]m", gold + answer):    # 4:30 p.m. is no ratio
+    if re.search("@[ap]m", gold) or ":" in gold and re.search("@[ap]m", answer):    # 4:30 p.m. is no ratio
         gold, answer = (re.sub(r":(?=\d\d)", ".", text) for text in (gold, answer))
     if "@temperature" not in gold:
         answer = re.sub("@temperature[CF]", "@degree", answer)
+    choice = re.fullmatch(r"\(?[A-J]\)?", gold)
+    answer = answer.upper() if choice and re.fullmatch(r"\([a-j]\)", answer) else answer
     pairs = [(joined(gold), joined(answer)), (gold, answer)]
     if m := CHOICE.fullmatch(answer):
-        choice = re.fullmatch(r"\(?[A-J]\)?", gold)
         pairs = [(gold.strip("()"), m[1])] if choice else [*pairs, (joined(gold), joined(m[2]))]
+    elif m := CHOICE.fullmatch(gold):
+        pairs += [(m[1], answer.strip("()")), (joined(m[2]), joined(answer))]
+    elif m := EXACT.fullmatch(answer):
+        pairs.append((gold, m[1]))
     return list(dict.fromkeys(pairs))
 
 
