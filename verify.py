@@ -10,7 +10,7 @@ r"""verify.py: is a model's answer to a math problem the same as the gold answer
    by a power of ten (4.5e33), a unit (2.5 cm) or four digits of no short fraction (2.683, not 1.25 or 3.125).
 5. A base that only the gold writes is taken as said by the question: 132 is right for 132_4, and 30 is wrong.
 6. Not read, being rare or of two meanings: sums to be computed, 4 h 30 min for 4.5 h, 1,5 for 1.5, 2i - j
-   for (2, -1), ]1, 3[ for (1, 3), P(5, 3) for 60 (it is a point), choices without commas (BD). The same string is right all the same.
+   for (2, -1), ]1, 3[ for (1, 3), P(5, 3) for 60, choices without commas (BD). The same string is always right.
 
     python verify.py FILE.jsonl --response-key response --gold-key gold --score-key recorded_score
 
@@ -90,9 +90,12 @@ COMPUTED = re.compile(r"(?<![\w.^_{\\])\d[\d.,]*%?\s*(?:[-+*/×÷]|x(?= \d))(?:[
 # The number that a sentence is about stands behind these words, and not behind those that make it a circumstance.
 SAID = (r"\b(?:is|are|was|were|be|equals?|has|have|had|needs?|takes?|costs?|pays?|earns?|(?<!to )makes?|gets?|gives?"
         "|leaves?|spends?|only|about|exactly|approximately)")
+CLAIMED = rf"\s*({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%]|(?<=%) of)"
 SUBJECT = [re.compile(p, re.I) for p in (
-    rf".*({NUMBER})(?:\s[a-z]+)?,? (?:in total|in all|altogether)\b",
-    *(rf".*?{said}\s*({NUMBER})(?!\d|[,.]\d|\s*[-+*/=!%]|(?<=%) of)" for said in (r"\btotal of", SAID, "=")))]
+    rf".*({NUMBER})(?:\s[a-z]+)?,? (?:in total|in all|altogether)\b", rf".*?\btotal of{CLAIMED}",
+    # "Bob is 30 and Amy is 24": two claims of equal weight are a list, as two boxes are.
+    rf".*?{SAID}\s*({NUMBER})\D*\b(?:and|while|but)\b(?:\D*{SAID})?\s*({NUMBER})",
+    rf".*?{SAID}{CLAIMED}", rf".*?={CLAIMED}")]
 PASSING = ("in of the for at to after with per from by than every each these those all on within between among "
            "first last next her his their its").split()
 
@@ -108,10 +111,7 @@ def concluding(text: str) -> str:
     found = re.findall(rf"(\w*)[^\w-]{{0,3}}({NUMBER})", clause)
     if len(found) < 2 or re.search(r"\\|\$[^$]*[=(^_][^$]*\$", clause):
         return ""
-    # "Bob is 30 and Amy is 24": two claims of equal weight are a list, as two boxes are
-    if m := re.match(rf".*?{SAID}\s*({NUMBER})\D*\b(?:and|while|but)\b\D*{SAID}\s*({NUMBER})", clause, re.I):
-        return f"{m[1]}, {m[2]}"
-    said = [m[1] for pattern in SUBJECT if (m := pattern.match(clause))]
+    said = [", ".join(m.groups()) for pattern in SUBJECT if (m := pattern.match(clause))]
     said += [number for word, number in found if word.lower() not in PASSING]
     return said[0] if said else ""
 
@@ -283,17 +283,17 @@ RULES = r"""
 (?<![a-zA-Z\\@])C ?_ ?(?:\{([a-zA-Z][^{}]*|\d\d+|[3-9])\}|([a-zA-Z3-9]))\^ ?(?:\{([^{}]+)\}|(\w)) ⟶ \\binom{\1\2}{\3\4}
 (?<![\w.^/])(\d+) (\d+)/(\d+) ⟶ \1\\frac{\2}{\3} && \^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree ⟶ "@degree "
 @degrees? *@?([CF])(?:elsius|ahrenheit)?(?![a-zA-Z]) ⟶ " @temperature\1 " && \\?% ⟶ "@percent "
-(?<=\d) ?(?:\^ ?\{ ?@?(?:st|nd|rd|th) ?\}|@(?:st|nd|rd|th)(?![a-z])) ⟶ ""
+(?<=\d) ?(?:\^ ?\{ ?@?(?:st|nd|rd|th) ?\}|@(?:st|nd|rd|th)(?![a-z])) ⟶ "" && ^ *\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
 (?i:(?:@?the *)?@?\b(?:(first|1(?:st)?)|(second|2(?:nd)?)|(third|3(?:rd)?)|(fourth|4(?:th)?)) *@?quadrant\b
     |@?quadrant *@?(?:(1|I)|(2|II)|(3|III)|(4|IV))\b) ⟶ quadrant()
 \^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(?=\\prime) ⟶ \1 && \\prime\s* ⟶ ' && \\ddot *\{? *(\\?[a-zA-Z]+) *\}? ⟶ \1''
-\\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " "
+\\frac ?\{ ?d ?(\\?[a-zA-Z]+(?:_\{?\w+\}?)?) ?\} ?\{ ?d ?[a-z] ?\} ⟶ \1' && \s+ ⟶ " " && (?<=[^. ]) ?\. ?$ ⟶ ""
 ^ ?(?:\\approx|@[Tt]he(?: @\w+)* @(?:is|are)(?! @not)|@[Tt]here @(?:is|are)|@[Tt]he @point) ⟶ ""
 ^ ?@(?:[Aa]n?|[Tt]he) (?=@) ⟶ "" && ^ ?@?(?:[Oo]ption|[Cc]hoice):? ?@?(?=\(?[A-J](?![a-z])) ⟶ ""
-^ ?(?:@?[Nn]o(?: @?real)?(?: @?integer)? @?solutions?|\\\{ ?\\\}) ?\.?$ ⟶ "\\emptyset "
-^ ?@?[Ii]nfinitely @?many(?: @?solutions?)?[ .]*$ ⟶ "\\infty " && ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R "
-(?i:^[ @a-z]*?(?:DNE|does @?not @?exist|undefined)[ .]*$) ⟶ @DNE && ^ ?@?(<BASES>) ?$ ⟶ numeral()
-(?i:^ ?@?(yes|no|true|false)(?:[ ,.:;]+@?(?:because|since|as|it|th[aeio]\w+|such)\b(?!.*\b(?:yes|true|or)\b).*)?$) ⟶ @\1
+^ ?@?[Nn]o(?: @?real)?(?: @?integer)? @?solutions? ?$ ⟶ "\\emptyset " && \\\{ ?\\\} ⟶ "\\emptyset "
+^ ?@?[Ii]nfinitely @?many(?: @?solutions?)? ?$ ⟶ "\\infty " && ^ ?@?[Aa]ll @?real(?: @?numbers)? ?$ ⟶ "\\R "
+(?i:^[ @a-z]*?(?:DNE|does @?not @?exist|undefined) ?$) ⟶ @DNE && ^ ?@?(<BASES>) ?$ ⟶ numeral()
+(?i:^ ?@?(yes|no|true|false) ?(?:[,.:;]? ?@?(?:because|since|it|th[aeio]\w+|such)\b(?!.*\b(?:yes|true|or)\b).*)?$) ⟶ @\1
 (?:^|(?<=^[ {]))[IVX]{2,}(?=[ .}]*$)|(?<![\\@a-zA-Z])[A-Z]{3,}(?![a-zA-Z_]) ⟶ @\g<0>
 (?<![\w.^\\@])(?:\( ?(<DIGITS>) ?\)(?= ?_)|(<DIGITS>))(?: ?_ ?\{[ (]*(?:@base ?)?@?(<BASES>)[ )]*\}| ?_ ?@?(<BASES>)
     | ?\(? ?(?:@?in )?@?base ?@?(<BASES>)(?: ?\))?) ⟶ in_base()
@@ -310,7 +310,7 @@ RULES = r"""
 (?:, *)*(?<![\\@a-zA-Z])or(?![a-zA-Z])(?: *,)* ⟶ " \\or " && ^ ?(\d+) @?to (\d+) ?$ ⟶ \1:\2
 (?:^|(?<=[,(={])|(?<=\\or ))\s*(?!(?:[a-zA-Z]+ +)*(?:<FUNC>|infinity|inf)\b)(?:[a-zA-Z]{3,}(?=\s*(?:[,)}]|\\or|\.?$))
     |[a-zA-Z]{2,}(?: +[a-zA-Z]+)+) ⟶ marked()
-(?:^|(?<=,)) *[A-Z](?= ?\([^()]*,[^()]*\)[ .]*(?:,|$)) ⟶ "" && ^[\s,;*`"]*\{([^{}]*)\}[\s.,;*`"]*$ ⟶ \1
+(?:^|(?<=,)) *[A-Z](?= ?\([^()]*,[^()]*\)[ .]*(?:,|$)) ⟶ "" && ^ ?@There @are(?= \d) ⟶ ""
 """
 PLACES = {"<FUNC>": FUNC, "<DIGITS>": r"\d[\dA-F]*|[A-F]{2,}\d*", "<BASES>": "|".join([r"\d+", *NUMERALS])}
 CHANGES = {f"{f.__name__}()": f for f in (said, rows, in_base, unit_behind)}
