@@ -116,7 +116,7 @@ VERIFY_CASES = {
     30^\circ <- >< 30^\circ \text{ or } 150^\circ && 5 <- >< k \in \mathbb{Z}, n \in \mathbb{Z}
     1,-2 <- -2, 1 ;; \{-2,1\} >< 1 ;; 1, 2 && (100,200) <- >< (100,201)""",
     "intervals and inequalities": r"""
-    \emptyset <- \text{no solution} ;; \text{No real solutions} >< \text{one solution} && (0,9) \cup (9,36) <- >< (0,36)
+    \emptyset <- \text{There is no solution} ;; \text{No real solutions} >< 0 && (0,9) \cup (9,36) <- >< (0,36)
     (2,\infty) <- x > 2 ;; (2, +\infty) >< x \ge 2 ;; (2, 100) && x \in [-2,7] <- [-2,7] ;; -2 \le x \le 7 >< -2 < x < 7
     (-\infty,3)\cup(3,\infty) <- x \ne 3 ;; \mathbb{R} \setminus \{3\} >< \mathbb{R} && (-2,1] <- \frac{x-1}{x+2} \le 0
     \mathbb{R} <- \text{all real numbers} >< \text{real numbers above } 0 && (-2,2) <- x^2 < 4 >< x^2 \le 4 ;; x^2 < 5
@@ -170,12 +170,12 @@ VERIFY_CASES = {
     "choices, bases, left sides": r"""
     \text{No} <- \text{No, it is not possible} ;; no >< \text{Yes, it is} ;; \text{Yes, no} ;; no, it is yes
     DNE <- \text{does not exist} ;; \text{The limit does not exist} >< \text{exists} && (C) 24 <- C ;; 24 >< 42 ;; B
-    \text{ellipse} <- \text{The graph is an ellipse} ;; \text{an ellipse} >< \text{The graph is not an ellipse}
-    (3,4) <- P(3,4) ;; \text{the point } (3,4) >< P(4,3) ;; 2P(3,4) && 4.30 <- >< 4:30 pm && 3:4 <- 3 to 4 >< 4 to 3
+    \text{ellipse} <- \text{The curve is an ellipse} ;; an ellipse >< \text{not an ellipse} && (6,8) <- >< 2P(3,4)
+    (3,4) <- P(3,4) ;; \text{the point } (3,4) >< P(4,3) && 4.30 <- >< 4:30 pm && 3:4 <- 3 to 4 >< 4 to 3
     \text{first quadrant} <- 1^{st}\text{ quadrant} ;; \text{1st quadrant} >< 2^{\text{nd}}\text{ quadrant}
-    \infty <- \text{infinitely many solutions} >< \text{no solutions} && 6 <- \text{There are } 6 \text{ ways} >< 7 ways
-    100\pi <- 100\pi \approx 314.16 \text{ cm}^2 >< 10\pi \approx 31.4 && D <- (d) ;; \text{Option D} >< (c) ;; 2D
-    (1,2),(3,4) <- A(1,2), B(3,4) >< A(1,2), B(4,3) && 10 <- 10^{\text{th}} >< 9^{th} && \emptyset <- \{\} >< \{0\}
+    \infty <- \text{infinitely many solutions} >< \text{no solutions} && 6 <- \text{There are 6 ways} ;; \text{six}.
+    100\pi <- 100\pi \approx 314.16 \text{ cm}^2 >< 10\pi \approx 31.4 && D <- \text{(d)} ;; \text{Option D} >< (c)
+    (1,2),(3,4) <- A(1,2), B(3,4) >< A(1,2), B(4,3) && \text{May 4} <- \text{May 4th} && \emptyset <- \{\}
     1203_{5} <- 1203_{\text{five}} ;; (1203)_5 >< 1203_6 ;; 178 && B <- \text{B) It is halved} >< \text{D) It is halved}
     A <- (A) ;; (A) 15 >< (A) and (D) ;; (A) or (B) ;; (A), (B) ;; (B) A && \frac{t+4}{3} <- >< h^{-1}(t)=\frac{t-4}{3}
     5 <- \text{The answer is } 5 >< \text{The answer is not } 5 && 63 <- 63_{10} ;; 63_{\text{ten}} >< 63_8 ;; 3F_{16}
@@ -240,14 +240,14 @@ def test_verify_case(kind, gold, answer, right):
 # Whole responses: (gold, response, whether it is right)
 VERIFY_RESPONSES = [
     ('9', 'The answer is 9.\n\nLet me know of 12 others!', True), ('30', 'Ann is 30 and Bo is 24.', False),
-    ('No', 'The answer is no, because it is odd.', True), ('False', 'So the statement is false.', True),
+    ('No', 'The answer is: **No**, because it is odd.', True), ('False', 'So the statement is false.', True),
     ('12', 'There are 5 and 7, a total of 12.', True), ('5', 'There are 5 red and 7 blue balls.', False),
-    ('7', 'Therefore, there are $7$ solutions in the range from $1$ to $20$.', True),
-    ('3', 'In total, it takes 2 + 1 = 3 bolts of fiber to make 1 robe.', True), ('B', 'The correct choice is B.', True),
-    ('460', "Eliza's earnings for this week are $400 + $60 = $460.", True), ('2', 'So Ann has **2** more.', True),
+    ('3', 'So it takes 2 + 1 = 3 bolts for 1 robe.', True), ('42', '**Answer:** Tom has $42$ cats.', True),
+    ('460', 'She has $400 + $60 = $460.', True), ('12', 'In all, 12 boys passed the test.', True),
+    ('14', 'In the end Bo, 9, has **14** cats.', True), ('2', 'So Ann has **2** more.', True),
     ('540', 'So James runs a total of 450 meters in 540 minutes.', False), ('D', 'The answer is **D**. 14 days', True),
     ('20', 'Sara has 25% of the 80 marbles, that is 20 marbles.', True), ('B', 'The correct choice is D.', False),
-    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('1, 4', 'So the roots are $1$ and $4$.', True),
+    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('7', 'There are $7$ from $1$ to $20$.', True),
     ('18', 'Adding up, Mia needs 12 boxes to pack 18 bottles.', False), ('B', 'So option B is the right choice.', True),
     ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per second.", True), ("0.25", r"It is $\boxed{25}\%$.", True),
     ('70000', 'So the profit was 200,000 - 130,000 = $70,000.', True), ('8', 'He has 8 x 12 = 96.', False),
