@@ -170,7 +170,7 @@ VERIFY_CASES = {
     "choices, bases, left sides": r"""
     \text{No} <- \text{No, it is not possible} ;; no >< \text{Yes, it is} ;; \text{Yes, no} ;; no, it is yes
     DNE <- \text{does not exist} ;; \text{The limit does not exist} >< \text{exists} && (C) 24 <- C ;; 24 >< 42 ;; B
-    \text{ellipse} <- \text{The curve is an ellipse} ;; an ellipse >< \text{not an ellipse} && (6,8) <- >< 2P(3,4)
+    \text{ellipse} <- \text{The graph is an ellipse} ;; \text{an ellipse} >< \text{no ellipse} && (6,8) <- >< 2P(3,4)
     (3,4) <- P(3,4) ;; \text{the point } (3,4) >< P(4,3) && 4.30 <- >< 4:30 pm && 3:4 <- 3 to 4 >< 4 to 3
     \text{first quadrant} <- 1^{st}\text{ quadrant} ;; \text{1st quadrant} >< 2^{\text{nd}}\text{ quadrant}
     \infty <- \text{infinitely many solutions} >< \text{no solutions} && 6 <- \text{There are 6 ways} ;; \text{six}.
@@ -247,7 +247,7 @@ VERIFY_RESPONSES = [
     ('14', 'In the end Bo, 9, has **14** cats.', True), ('2', 'So Ann has **2** more.', True),
     ('540', 'So James runs a total of 450 meters in 540 minutes.', False), ('D', 'The answer is **D**. 14 days', True),
     ('20', 'Sara has 25% of the 80 marbles, that is 20 marbles.', True), ('B', 'The correct choice is D.', False),
-    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('7', 'There are $7$ from $1$ to $20$.', True),
+    ('18', 'Adding up, Mia needs 18 boxes to pack 144 bottles.', True), ('7', 'The value of $a + b$ is $7$.', True),
     ('18', 'Adding up, Mia needs 12 boxes to pack 18 bottles.', False), ('B', 'So option B is the right choice.', True),
     ("4 \\text{ m/s}", r"It is $\boxed{4}$ meters per second.", True), ("0.25", r"It is $\boxed{25}\%$.", True),
     ('70000', 'So the profit was 200,000 - 130,000 = $70,000.', True), ('8', 'He has 8 x 12 = 96.', False),
