@@ -568,7 +568,8 @@ class HFEngine:
             return self.cfg.sample_rows
         c = self.model.config.get_text_config()
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        token = 4 * c.num_hidden_layers * c.num_key_value_heads * head           # bytes, in bfloat16
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        token = (4 if self.cfg.dtype == "bfloat16" else 8) * c.num_hidden_layers * heads * head              # bytes
         row = token * (self.cfg.max_prompt_tokens + self.cfg.max_new_tokens) + 40 * c.vocab_size     # and its logits
         torch.cuda.empty_cache()
         return max(1, min(self.cfg.sample_rows, int(0.8 * torch.cuda.mem_get_info()[0] / row)))
@@ -798,7 +799,8 @@ def check_memory(cfg, model, ranks, card):
     gradients = 4 * sum(sizes) * (2 if cfg.algo == "red" else 1)
     # bfloat16 copies of weights, the head's gradient, ten bytes for each of the 256 rows of logits that exist at a time
     casts = 2 * sum(sizes) + 2 * max(sizes) + 2560 * c.vocab_size
-    layer = 30 * c.hidden_size + 8 * c.intermediate_size         # what backward needs of a layer, per token
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = 30 * c.hidden_size + 8 * inner                       # what backward needs of a layer, per token
     kept = c.num_hidden_layers * layer
     if cfg.grad_checkpointing:
         kept = c.num_hidden_layers * 4 * c.hidden_size + layer
@@ -897,7 +899,7 @@ class State:
     seconds: float = 0.0           # training time, evaluation and saving left out
     metrics_bytes: int = 0         # length of metrics.jsonl; what a killed run wrote beyond it is cut off
     queue: dict | None = None      # of data.Queue, the very dict that it works on
-    data: dict | None = None       # fingerprint of the training data, which must not change on the way
+    data: str = ""                 # fingerprint of the training data, which must not change on the way
 
 
 def clock():
@@ -1031,7 +1033,7 @@ def load_checkpoint(cfg, device, log):
         try:
             if (folder / "checksum").read_text() != checksum(folder):
                 raise Stop("its files have changed")
-            return *load_model(cfg, folder, device), torch.load(folder / "trainer.pt", weights_only=True)
+            return *load_model(cfg, folder, device), torch.load(folder / "trainer.pt", "cpu", weights_only=True)
         except (Stop, OSError, ValueError) as error:
             log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
     raise Stop(f"--resume: {cfg.out} has no checkpoint that can be read; to start it over, delete "

@@ -1299,12 +1299,11 @@ def test_sampler_as_on_a_gpu(tiny, monkeypatch):
     engine.look_every = 16
     assert [(r.response, r.mu) for r in engine.generate(prompts, range(18), 1.0)] == \
         [(r.response, pytest.approx(r.mu, abs=0.1)) for r in rollouts]
-    qwen = transformers.Qwen2Config(num_hidden_layers=28, hidden_size=1536, num_attention_heads=12, vocab_size=151936,
-                                    num_key_value_heads=2)
-    model = SimpleNamespace(config=qwen, device=torch.device("cuda"))
+    model, large = SimpleNamespace(device=torch.device("cuda")), qwen(**bench.QWEN["1.5B"]).config
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
-    for free, rows in ((0, 1), (16, 111), (32, 222), (200, 512)):
-        assert red.HFEngine(red.Config(), model, None).rows_that_fit() == rows
+    for free, dtype, model.config, rows in ((0, "bfloat16", large, 1), (16, "bfloat16", large, 111), (
+            32, "float32", large, 114), (200, "bfloat16", large, 512), (16, "bfloat16", transformers.GPT2Config(), 89)):
+        assert red.HFEngine(red.Config(dtype=dtype), model, None).rows_that_fit() == rows
 
 
 def test_draw_follows_the_distribution():
