@@ -1188,7 +1188,7 @@ def fake_groups(tiny, count, seed):
         group, rewards = rollouts[4 * i:4 * i + 4], [float(k > i % 3) for k in range(4)]
         for r, reward in zip(group, rewards):
             r.prompt, r.reward, r.truncated = tiny.items[i].prompt, reward, not reward
-            r.verdict = SimpleNamespace(correct=reward)
+            r.verdict = SimpleNamespace(correct=reward * (i != 1))       # as where the reward is another one
         groups.append(red.Group(i, group))
     return groups
 
@@ -1211,9 +1211,9 @@ def test_eq12_gradient_equals_a_slow_reference(tiny):
     for group in groups:
         item = tiny.items[group.index]
         logp, _, slope = own_scores(model, Rollout(item.prompt, item.traces[0], [], 1.0))
-        accuracy.append(sum(r.reward for r in group.rollouts) / 4)
+        accuracy.append(sum(r.verdict.correct for r in group.rollouts) / 4)
         beta, p = 0.1 * (1 - accuracy[-1]), logp.exp()
-        five = np.array([*(r.reward for r in group.rollouts), 1.0])
+        five = np.array([*(r.verdict.correct for r in group.rollouts), 1.0])
         adv = (1 - five.mean()) / (five.std() + 1e-6)
         rho = p / (beta + (1 - beta) * p).detach()
         rhos += rho.tolist()
