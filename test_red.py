@@ -1024,13 +1024,12 @@ def test_misspelt_fields_the_hub_and_missing_libraries(tmp_path, monkeypatch):
 
 def test_data_command_line(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"q": "\\u2019?", "a": 5}\n{"q": "b", "a": 6, "s": "c"}')
+    path.write_text('{"q": "\\u2019", "a": 5}\n{"q": "b", "a": 6, "s": "c"}')
     data.main([str(path), "--prompt-key", "q", "--gold-key", "a", "--trace-key", "s"])
     out, err = capsys.readouterr()
     assert err == "a.jsonl: 2 problems, 1 traces (not verified); read q / a, q / a / s\n" and out.isascii()
     (tmp_path / "b.jsonl").write_text(out)               # what it prints is read without the flags
-    again = data.load(tmp_path / "b.jsonl")
-    assert [(p.prompt, p.gold, p.traces) for p in again] == [("\u2019?", "5", ()), ("b", "6", ("c",))]
+    assert [(p.prompt + p.gold, p.traces) for p in data.load(tmp_path / "b.jsonl")] == [("\u20195", ()), ("b6", ("c",))]
     with pytest.raises(SystemExit, match=f"^error: {path}:1: field prompt: found none in .*$"):
         data.main([str(path)])
 
@@ -1103,8 +1102,7 @@ def test_encode():
     assert lines[1] == "1 traces are longer than --max-new-tokens 10 and left out"
     assert [item.problem for item in encode(max_prompt_tokens=99, context=base + 18)] == problems[:2]
     assert f"every prompt is too long (first f:1: {base + 1} " in data_error(encode, max_prompt_tokens=9, context=99)
-    said = data_error(encode, max_prompt_tokens=9, context=10)
-    assert said == "--max-new-tokens: found 10, allowed is below the context, 10; lower it"
+    assert "found 10, allowed is below the context, 10; lower" in data_error(encode, max_prompt_tokens=9, context=10)
 
 
 def test_queue_loses_and_repeats_nothing():
@@ -1247,7 +1245,8 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
     rng, state = random.Random(2), red.State()
     queue = data.Queue({"all": list(range(6)), "traced": list(range(6, 12))}, seed=0)
     rows = [[rng.randint(0, 1) for _ in range(4)] for _ in range(8)]
-    cfg, right = dataclasses.replace(tiny.cfg, traced_share=share, group_size=4), sum(rows, [])
+    dtype, right = "bfloat16" if cut else "float32", sum(rows, [])
+    cfg = dataclasses.replace(tiny.cfg, traced_share=share, group_size=4, dtype=dtype)
     gold, told = {tuple(x.prompt): int(x.problem.gold) for x in tiny.items}, iter(right)
 
     def answer(prompt):
@@ -1265,6 +1264,7 @@ def test_a_phase_deals_its_problems_into_updates(tiny, share, traced, cut):
     rows = [[0] * 4] * 8 if cut else rows
     assert [[(r.verdict.correct, r.reward) for r in g.rollouts] for g in groups] == [[(x, x) for x in r] for r in rows]
     assert state.lbar == metrics["tokens"] / 32 == 4 - cut and state.phase == 1
+    assert ("abs_dlogp_on_policy" in metrics) == cut     # log mu by the trainer: in bfloat16 rounding would add up
     queue.give_back(plan[1])
     assert queue.take("traced", traced) + queue.take("all", 4 - traced) == plan[1]
 
@@ -1380,9 +1380,8 @@ def test_a_run_leaves_what_the_readme_says(folder, tmp_path, capsys):
     assert [r["update"] for r in rows_of(run, "phase")] == [1, 3, 5]
     assert all(r["max_abs_logw"] < 1e-4 and r["ess"] == pytest.approx(1, abs=1e-6) for r in rows_of(run, "phase"))
     responses = [json.loads(line) for line in open(run / "responses-000005.jsonl")]
-    assert len(responses) == 24
-    for r in responses:
-        assert r["truncated"] or checker.verify(r["response"], gold=r["gold"]).correct == r["correct"]
+    judged = [not r["truncated"] and checker.verify(r["response"], gold=r["gold"]).correct for r in responses]
+    assert judged == [r["correct"] for r in responses] and len(judged) == 24
     assert evals[-1]["mean"] == pytest.approx(np.mean([r["correct"] for r in responses]))
     assert (run / "curves.png").stat().st_size > 10000 and not torch.equal(weights(run), weights(red.BASE))
     model, last = map(AutoModelForCausalLM.from_pretrained, (run / "model", run / "checkpoints/000005/model"))
@@ -1442,8 +1441,7 @@ def test_a_damaged_checkpoint_falls_back(folder, tmp_path, capsys, damaged):
 
 
 def test_a_disk_that_fills_up_and_output_that_nobody_reads(folder, tmp_path, capsys, monkeypatch):
-    """A file-size limit stops the optimizer's file half way: one line, nothing half-written, and the run goes on, its
-    output an ASCII pipe whose reader has gone, its name not ASCII."""
+    """A file-size limit: one line, nothing half-written, and the run goes on, its output an ASCII pipe nobody reads."""
     import resource
     run, before = tmp_path / "\u00e9", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (950_000, before[1]))
@@ -1676,6 +1674,8 @@ def test_run_directories_are_guarded(folder, tmp_path, capsys, monkeypatch):
     assert "file" in refusal(capsys, *SMALL, "--out", tmp_path / "file" / "x")
     monkeypatch.setattr(red, "BASE", tmp_path / "base")
     assert "assets/bench.py --make-base" in refusal(capsys, *SMALL, "--out", tmp_path / "n")
+    monkeypatch.setattr(red, "Ranks", lambda: SimpleNamespace(rank=0, size=5))
+    assert "--prompts: found 4, allowed is 5 or more" in refusal(capsys, *SMALL, "--out", tmp_path / "n")
 
 
 def test_nothing_heavy_at_import_and_each_file_alone(tmp_path):
