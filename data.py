@@ -337,8 +337,9 @@ def evaluation_sets(spec, train, *, limit=None, log=print, **how):
     for part in filter(None, map(str.strip, spec.split(","))):
         source, k = re.fullmatch(r"(.*?)(?:@(\d+))?", part).groups(1)
         loaded = chains(limit or 400, seed=0) if source == "builtin" else load(source, limit=limit, log=log, **how)
-        kept = [problem for problem in loaded if plain(problem) not in known]
-        dropped = [problem for problem in loaded if plain(problem) in known]
+        again = [plain(problem) in known for problem in loaded]
+        kept = [problem for problem, seen in zip(loaded, again) if not seen]
+        dropped = [problem for problem, seen in zip(loaded, again) if seen]
         if not kept or not int(k):
             raise DataError(f"--eval: found {part}, which leaves {len(kept)} problems that are not in the training data"
                             f" and {k} samples each; allowed are 1 or more of both")

@@ -1090,11 +1090,11 @@ def launch(argv):
     items = data.encode(text, train_set, **room)
     tests = {name: (k, data.encode(text, problems, **room)) for name, (k, problems) in test_sets.items()}
     pools = {"all": range(len(items)), "traced": [i for i, x in enumerate(items) if x.traces]}
-    none = items and not pools["traced"]
-    if none and (cfg.algo == "sft" or cfg.traced_share):
+    untraced = items and not pools["traced"]
+    if untraced and (cfg.algo == "sft" or cfg.traced_share):
         raise Stop(f"{cfg.train}: no problem has a trace that verifies and fits into --max-new-tokens, but --algo sft "
                    "and --traced-share need one; give traces, or --algo rapid")
-    if none and cfg.algo == "red":
+    if untraced and cfg.algo == "red":
         log("no problem has a trace, so the offline term of Eq. (12) is empty: this run is RAPID alone")
     if cuda and not cfg.eval_only:
         check_memory(cfg, model, ranks.size, torch.cuda.mem_get_info()[1])
